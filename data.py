@@ -1,0 +1,386 @@
+"""A star's catalogue row and its two files: where they lie, how they are read and checked,
+and what the network gets of them.
+
+    data directory/
+        objects.csv                                     name, subclass, plate, mjd, fiberID [, ra, dec, …]
+        spectra/{subclass}/spec-{plate}-{mjd}-{fiberID}.fits
+        images/{subclass}/{name}_image.jpg
+
+The downloader writes these files, the simulator imitates them, the trainer reads them; all three
+ask this module for names, places and checks.
+
+Sources: SDSS DR16 spectra, https://data.sdss.org/datamodel/files/SPECTRO_REDUX/RUN2D/spectra/lite/
+PLATE4/spec.html; specObjID, https://www.sdss.org/dr16/help/glossary/#specobj; the wavelength range
+(4000–9000 Å, 3522 values) and the image size (128×128) are the paper's.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from astropy.io import fits
+from astropy.utils.exceptions import AstropyWarning
+from PIL import Image, UnidentifiedImageError
+
+CLASS_NAMES = ("M0", "M1", "M2", "M3", "M4")
+
+# SDSS spectra lie on one grid, loglam = pixel * 1e-4 with loglam = log10(vacuum wavelength / Å);
+# pixels 36021…39542 are all those between 4000 and 9000 Å, and exactly the paper's 3522 values.
+PIXELS_PER_DEX = 10_000
+FIRST_PIXEL = 36021
+SPECTRUM_LENGTH = 3522
+MIN_GOOD_FRACTION = 0.5  # a spectrum with fewer good pixels in the window is not used
+
+# Flux is divided by its median, then clipped: real M0–M5 dwarfs stay within 0…5.2 of their median
+# (Kesseli et al. 2017 templates), so only cosmic rays and failed sky subtraction are cut.
+SCALED_FLUX_RANGE = (-1.0, 6.0)
+
+IMAGE_SIZE = 128  # pixels a side
+MAX_BLACK_FRACTION = 0.5  # a cutout from outside the footprint is black
+
+# No file of one star comes near these: a full BOSS spectrum has 3.2 MB, a 2048-pixel cutout 2 MB.
+MAX_FILE_BYTES = 64 * 2**20
+MAX_CUTOUT_SIZE = 2048  # pixels a side, the cutout service's own limit
+
+_REQUIRED_COLUMNS = ("name", "subclass", "plate", "mjd", "fiberID")
+_IDENTIFIER_RANGES = {"plate": (1, 2**14 - 1), "mjd": (50_000, 50_000 + 2**14 - 1), "fiberID": (1, 2**12 - 1)}
+# A name becomes part of a file's name on any system: no separators, no leading dot, no wildcards.
+_SAFE_NAME = re.compile(r"\w[\w .+\-]{0,99}")
+_SPREADSHEET_NUMBER = re.compile(r"\d([.,]\d+)?[eE]\+?\d+")
+_BOSS_SUBCLASS = re.compile(r"(M\d) \(\d+\)")  # "M1 (204445)": the class, and the star of the template
+
+# What astropy and Pillow raise on files that are damaged or something else.
+_FITS_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, fits.VerifyError)
+_JPEG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class DataError(ValueError):
+    """Something of the user's cannot be used; the message says what, in which file, and what to do."""
+
+
+def run_as_script(main: Callable[[], None]) -> None:
+    """Run `main`; end with one clear line and exit status 1 on what a user can mend, 130 on Ctrl-C."""
+    try:
+        main()
+    except (DataError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block succeeds, what was written there becomes `path`.
+
+    Whatever happens inside, and whenever the process dies, `path` holds either its old content or
+    the whole new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=f".partial{path.suffix}")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; results follow the user's umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# The catalogue
+
+
+class Star(NamedTuple):
+    """One row of the catalogue. `ra` and `dec` are degrees (J2000), NaN where the catalogue has none."""
+
+    name: str
+    subclass: str
+    plate: int
+    mjd: int
+    fiberID: int
+    ra: float = float("nan")
+    dec: float = float("nan")
+    simulated: bool = False
+
+    @property
+    def spectrum_id(self) -> str:
+        """SDSS's own label of a spectrum, unique in a catalogue: plate-mjd-fiberID."""
+        return f"{self.plate:04d}-{self.mjd:05d}-{self.fiberID:04d}"
+
+
+def catalog_path(data_dir: Path) -> Path:
+    return Path(data_dir) / "objects.csv"
+
+
+def spectrum_path(data_dir: Path, star: Star) -> Path:
+    return Path(data_dir) / "spectra" / star.subclass / f"spec-{star.spectrum_id}.fits"
+
+
+def cutout_path(data_dir: Path, star: Star) -> Path:
+    return Path(data_dir) / "images" / star.subclass / f"{star.name}_image.jpg"
+
+
+def read_catalog(path: Path) -> tuple[list[Star], Counter[str]]:
+    """Read the stars of classes M0…M4 from a CSV file.
+
+    Returns the stars in the file's order and, by reason, the number of rows left out: other classes
+    and rows that repeat a spectrum. BOSS's "M1 (204445)" counts as M1.
+    Raises DataError, naming line and column, where a cell cannot be what its column says.
+    """
+    table = _read_csv(path)
+    stars: dict[str, Star] = {}
+    left_out: Counter[str] = Counter()
+    for index, row in enumerate(table.to_dict("records")):
+        star = _parse_row(row, where=f"{path}, line {index + 2}")
+        if star.subclass not in CLASS_NAMES:
+            left_out[f"subclass {star.subclass or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
+            continue
+        first = stars.setdefault(star.spectrum_id, star)
+        if first is not star:
+            if first.subclass != star.subclass:
+                raise DataError(
+                    f"{path}, line {index + 2}: spectrum {star.spectrum_id} is {star.subclass} here and "
+                    f"{first.subclass} further up; keep the line that is right"
+                )
+            left_out["repeats a spectrum listed further up"] += 1
+    if not stars:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.items())
+        raise DataError(f"{path}: no star of class {', '.join(CLASS_NAMES)} in it ({reasons or 'no rows'})")
+    return list(stars.values()), left_out
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        # As text: a specObjID is a 64-bit integer, which a float, or int64 for plates from 8192 on, cannot hold.
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; it is the list of stars (columns {', '.join(_REQUIRED_COLUMNS)})") from None
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{path}: the file is empty") from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a comma-separated UTF-8 text file ({error})") from None
+    table.columns = table.columns.str.strip()
+    missing = [column for column in _REQUIRED_COLUMNS if column not in table.columns]
+    if missing:
+        raise DataError(
+            f"{path}: column {', '.join(missing)} is missing; the header line reads "
+            f"{', '.join(table.columns)} (needed, separated by commas: {', '.join(_REQUIRED_COLUMNS)})"
+        )
+    return table
+
+
+def _parse_row(row: dict[str, str], where: str) -> Star:
+    cells = {column: str(cell).strip() for column, cell in row.items()}
+    name = cells["name"]
+    if _SPREADSHEET_NUMBER.fullmatch(name):
+        raise DataError(
+            f"{where}, column name: {name} is a specObjID rounded by a spreadsheet, its last digits are lost; "
+            "export the catalogue again with this column formatted as text"
+        )
+    if not _SAFE_NAME.fullmatch(name):
+        raise DataError(f"{where}, column name: {name!r} cannot name a file (letters, digits, '_', '.', '+', '-', spaces)")
+    boss = _BOSS_SUBCLASS.fullmatch(cells["subclass"])
+    return Star(
+        name=name,
+        subclass=boss[1] if boss else cells["subclass"],
+        **{column: _parse_integer(cells[column], column, where) for column in _IDENTIFIER_RANGES},
+        ra=_parse_degrees(cells.get("ra", ""), "ra", 0, 360, where),
+        dec=_parse_degrees(cells.get("dec", ""), "dec", -90, 90, where),
+        simulated=cells.get("simulated", "") not in ("", "0"),
+    )
+
+
+def _parse_integer(text: str, column: str, where: str) -> int:
+    low, high = _IDENTIFIER_RANGES[column]
+    # "372.0" is what a spreadsheet or pandas makes of an integer column with a gap in it.
+    digits = text.removesuffix(".0")
+    if not (digits.isascii() and digits.isdigit() and low <= int(digits) <= high):
+        raise DataError(f"{where}, column {column}: {text!r} is not a whole number from {low} to {high}")
+    return int(digits)
+
+
+def _parse_degrees(text: str, column: str, low: float, high: float, where: str) -> float:
+    if not text:
+        return float("nan")
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        raise DataError(f"{where}, column {column}: {text!r} is not an angle in degrees from {low} to {high}")
+    return value
+
+
+# specObjID: plate 14 bits, fiberID 12, mjd − 50000 14, run2d 14, ten zero bits.
+
+
+def encode_spec_obj_id(plate: int, mjd: int, fiberID: int, run2d: int) -> int:
+    """The 64-bit specObjID; `run2d` is 26, 103, 104, or 10000·(major−5) + 100·minor + patch for v{major}_{minor}_{patch}."""
+    return plate << 50 | fiberID << 38 | (mjd - 50_000) << 24 | run2d << 10
+
+
+def decode_spec_obj_id(name: str) -> tuple[int, int, int, str] | None:
+    """(plate, mjd, fiberID, run2d) of a specObjID, run2d as in SDSS's paths ("26", "v5_13_0"); None for any other name."""
+    if not (name.isascii() and name.isdigit()) or int(name) >= 2**64 or int(name) % 2**10:
+        return None
+    value = int(name)
+    plate, fiberID, mjd, run2d = value >> 50, value >> 38 & 0xFFF, (value >> 24 & 0x3FFF) + 50_000, value >> 10 & 0x3FFF
+    if not (plate and fiberID):
+        return None
+    if run2d <= 104:
+        return plate, mjd, fiberID, str(run2d)
+    return plate, mjd, fiberID, f"v{run2d // 10000 + 5}_{run2d % 10000 // 100}_{run2d % 100}"
+
+
+# Reading and checking
+
+
+class Spectrum(NamedTuple):
+    """HDU 1 of an SDSS spectrum, and the position of its star (PLUG_RA, PLUG_DEC)."""
+
+    loglam: np.ndarray  # log10 of the vacuum wavelength in Å, float64
+    flux: np.ndarray  # 1e-17 erg/s/cm²/Å, float32
+    ivar: np.ndarray  # inverse variance of flux, float32; 0 marks a bad pixel
+    ra: float  # degrees, NaN where the file does not say
+    dec: float
+
+
+def read_spectrum(path: Path, star: Star) -> Spectrum:
+    """Read and check an SDSS spectrum (full or lite). Raises DataError if it is damaged or another star's.
+
+    The header's PLATEID, MJD and FIBERID must be the star's; a header without them is let pass.
+    """
+    content = _read_bytes(path)
+    if not content.startswith(b"SIMPLE  ="):
+        raise DataError(f"{path}: not a FITS file (it begins with {content[:20]!r})")
+    try:
+        # astropy only warns of a truncated file; here it is an error, found by where the last HDU ends.
+        with warnings.catch_warnings(action="ignore", category=AstropyWarning), fits.open(io.BytesIO(content)) as hdus:
+            header, table = hdus[0].header, hdus[1]
+            last = hdus[-1].fileinfo()
+            if last["datLoc"] + last["datSpan"] != len(content):
+                raise DataError(f"{path}: the file is truncated; delete it and download it again")
+            columns = {
+                name: np.asarray(table.data[name], dtype=dtype)
+                for name, dtype in (("loglam", np.float64), ("flux", np.float32), ("ivar", np.float32))
+            }
+            stated = tuple(header.get(key) for key in ("PLATEID", "MJD", "FIBERID"))
+            ra, dec = (float(header.get(key, "nan")) for key in ("PLUG_RA", "PLUG_DEC"))
+    except DataError:
+        raise
+    except _FITS_ERRORS as error:
+        raise DataError(f"{path}: not an SDSS spectrum ({type(error).__name__}: {_first_line(error)})") from error
+
+    wanted = (star.plate, star.mjd, star.fiberID)
+    if None not in stated and stated != wanted:
+        raise DataError(f"{path}: holds the spectrum of another star (plate, mjd, fiberID {stated}, not {wanted})")
+    if any(column.ndim != 1 or not column.size for column in columns.values()):
+        raise DataError(f"{path}: its table of loglam, flux and ivar is empty or not one-dimensional")
+    if not np.isfinite(columns["loglam"]).all() or (np.diff(columns["loglam"]) <= 0).any():
+        raise DataError(f"{path}: its wavelengths do not increase from pixel to pixel")
+    return Spectrum(**columns, ra=ra, dec=dec)
+
+
+def read_cutout(path: Path, size: int | None = None) -> np.ndarray:
+    """Read and check a JPEG cutout: (height, width, 3) uint8, RGB, square, `size` pixels a side if given.
+
+    Raises DataError if it is damaged, no colour JPEG, of another size, or a black tile (outside the footprint).
+    """
+    content = _read_bytes(path)
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            if image.mode != "RGB" or image.width != image.height or not 1 <= image.width <= MAX_CUTOUT_SIZE:
+                raise DataError(f"{path}: not a square colour cutout ({image.width}×{image.height}, mode {image.mode})")
+            if size is not None and image.width != size:
+                raise DataError(f"{path}: {image.width}×{image.height} pixels where {size}×{size} were asked for")
+            pixels = np.asarray(image)
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not a JPEG image") from None
+    except DataError:
+        raise
+    except _JPEG_ERRORS as error:
+        raise DataError(f"{path}: a damaged JPEG image ({_first_line(error)})") from error
+    if (pixels == 0).all(axis=2).mean() > MAX_BLACK_FRACTION:
+        raise DataError(f"{path}: a black tile: the star lies outside the imaging footprint, or the server drew an error")
+    return pixels
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise DataError(f"{path}: {size} bytes; no file of one star is larger than {MAX_FILE_BYTES}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if not content:
+        raise DataError(f"{path}: the file is empty; delete it and download it again")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+# What the network gets
+
+
+def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:
+    """The network's input: (3522,) float32, 4000–9000 Å on the SDSS grid, in units of the median flux.
+
+    Bad pixels (ivar = 0, not finite, or absent) are interpolated from their neighbours; neither the
+    median nor the clipping lets one wild pixel set the scale. Raises DataError if more than half of
+    the window is bad or there is no flux in it.
+    """
+    position = spectrum.loglam * PIXELS_PER_DEX
+    pixel = np.rint(position)
+    if np.abs(position - pixel).max() > 0.1:  # float32 loglam is good to 0.005 pixel
+        raise DataError("its wavelengths are not on the SDSS grid (loglam in steps of 1e-4)")
+    index = pixel.astype(np.int64) - FIRST_PIXEL
+    good = (index >= 0) & (index < SPECTRUM_LENGTH) & np.isfinite(spectrum.flux) & (spectrum.ivar > 0)
+    if good.sum() < MIN_GOOD_FRACTION * SPECTRUM_LENGTH:
+        raise DataError(f"only {good.sum()} of the {SPECTRUM_LENGTH} pixels between 4000 and 9000 Å are good")
+    index, flux = index[good], spectrum.flux[good]
+    median = np.median(flux)
+    if not median > 0:
+        raise DataError(f"its median flux is {median:.3g}: there is no star in this spectrum")
+    filled = np.interp(np.arange(SPECTRUM_LENGTH), index, flux)
+    return np.clip(filled / median, *SCALED_FLUX_RANGE).astype(np.float32)
+
+
+def prepare_cutout(pixels: np.ndarray) -> np.ndarray:
+    """(3, 128, 128) uint8 from a cutout's (height, width, 3); one downloaded at another size is resampled."""
+    if pixels.shape[0] != IMAGE_SIZE:
+        pixels = np.asarray(Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # height, width, colour → colour, height, width
+
+
+def load_spectrum(data_dir: Path, star: Star) -> np.ndarray:
+    """A star's prepared spectrum, (3522,) float32, from its file. Raises DataError, naming the file."""
+    path = spectrum_path(data_dir, star)
+    spectrum = read_spectrum(path, star)
+    try:
+        return prepare_spectrum(spectrum)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def load_cutout(data_dir: Path, star: Star) -> np.ndarray:
+    """A star's prepared cutout, (3, 128, 128) uint8, from its file. Raises DataError, naming the file."""
+    return prepare_cutout(read_cutout(cutout_path(data_dir, star)))
