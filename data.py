@@ -23,14 +23,21 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from astropy import units
+from astropy.coordinates import SkyCoord, search_around_sky
 from astropy.io import fits
 from astropy.utils.exceptions import AstropyWarning
 from PIL import Image, UnidentifiedImageError
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import process_map
 
 CLASS_NAMES = ("M0", "M1", "M2", "M3", "M4")
 
@@ -58,6 +65,10 @@ _IDENTIFIER_RANGES = {"plate": (1, 2**14 - 1), "mjd": (50_000, 50_000 + 2**14 - 
 _SAFE_NAME = re.compile(r"\w[\w .+\-]{0,99}")
 _SPREADSHEET_NUMBER = re.compile(r"\d([.,]\d+)?[eE]\+?\d+")
 _BOSS_SUBCLASS = re.compile(r"(M\d) \(\d+\)")  # "M1 (204445)": the class, and the star of the template
+
+SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
+
+_MISSING = "no "  # how the problem of a star without its files begins
 
 # What astropy and Pillow raise on files that are damaged or something else.
 _FITS_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, fits.VerifyError)
@@ -124,6 +135,14 @@ class Star(NamedTuple):
         return f"{self.plate:04d}-{self.mjd:05d}-{self.fiberID:04d}"
 
 
+def describe(stars: list[Star]) -> str:
+    """How many stars these are, and that they are simulated where they are; every output shows it."""
+    simulated = sum(star.simulated for star in stars)
+    if simulated in (0, len(stars)):
+        return f"{len(stars)} {'SIMULATED ' if simulated else ''}stars"
+    return f"{len(stars)} stars, {simulated} of them SIMULATED"
+
+
 def catalog_path(data_dir: Path) -> Path:
     return Path(data_dir) / "objects.csv"
 
@@ -170,7 +189,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
         # As text: a specObjID is a 64-bit integer, which a float, or int64 for plates from 8192 on, cannot hold.
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; it is the list of stars (columns {', '.join(_REQUIRED_COLUMNS)})") from None
+        raise DataError(
+            f"{path}: no such file; it is the list of stars (columns {', '.join(_REQUIRED_COLUMNS)})"
+        ) from None
     except pd.errors.EmptyDataError:
         raise DataError(f"{path}: the file is empty") from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
@@ -194,7 +215,9 @@ def _parse_row(row: dict[str, str], where: str) -> Star:
             "export the catalogue again with this column formatted as text"
         )
     if not _SAFE_NAME.fullmatch(name):
-        raise DataError(f"{where}, column name: {name!r} cannot name a file (letters, digits, '_', '.', '+', '-', spaces)")
+        raise DataError(
+            f"{where}, column name: {name!r} cannot name a file (letters, digits, '_', '.', '+', '-', spaces)"
+        )
     boss = _BOSS_SUBCLASS.fullmatch(cells["subclass"])
     return Star(
         name=name,
@@ -225,6 +248,20 @@ def _parse_degrees(text: str, column: str, low: float, high: float, where: str) 
     if not low <= value <= high:
         raise DataError(f"{where}, column {column}: {text!r} is not an angle in degrees from {low} to {high}")
     return value
+
+
+def group_same_stars(stars: list[Star]) -> np.ndarray:
+    """(N,) group numbers, equal for rows that are one star: the same name, or within 2″ on the sky."""
+    names, _ = pd.factorize(pd.Series([star.name for star in stars]))
+    first_of_name = pd.Series(range(len(stars))).groupby(names).transform("first").to_numpy()
+    position = np.array([(star.ra, star.dec) for star in stars])
+    located = np.flatnonzero(np.isfinite(position).all(axis=1))
+    sky = SkyCoord(*position[located].T, unit="deg")
+    left, right, _, _ = search_around_sky(sky, sky, SAME_STAR_ARCSEC * units.arcsec)
+    rows = np.concatenate([np.arange(len(stars)), located[left]])
+    columns = np.concatenate([first_of_name, located[right]])
+    links = coo_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(len(stars), len(stars)))
+    return connected_components(links, directed=False)[1]
 
 
 # specObjID: plate 14 bits, fiberID 12, mjd − 50000 14, run2d 14, ten zero bits.
@@ -317,7 +354,9 @@ def read_cutout(path: Path, size: int | None = None) -> np.ndarray:
     except _JPEG_ERRORS as error:
         raise DataError(f"{path}: a damaged JPEG image ({_first_line(error)})") from error
     if (pixels == 0).all(axis=2).mean() > MAX_BLACK_FRACTION:
-        raise DataError(f"{path}: a black tile: the star lies outside the imaging footprint, or the server drew an error")
+        raise DataError(
+            f"{path}: a black tile: the star lies outside the imaging footprint, or the server drew an error"
+        )
     return pixels
 
 
@@ -384,3 +423,45 @@ def load_spectrum(data_dir: Path, star: Star) -> np.ndarray:
 def load_cutout(data_dir: Path, star: Star) -> np.ndarray:
     """A star's prepared cutout, (3, 128, 128) uint8, from its file. Raises DataError, naming the file."""
     return prepare_cutout(read_cutout(cutout_path(data_dir, star)))
+
+
+def load_star(
+    star: Star, data_dir: Path, *, spectra: bool, images: bool
+) -> tuple[np.ndarray | None, np.ndarray | None, str]:
+    """A star's prepared spectrum and cutout, as far as wanted, and why it cannot be used ("" if it can)."""
+    wanted = {"spectrum": spectra and spectrum_path(data_dir, star), "image": images and cutout_path(data_dir, star)}
+    missing = [name for name, path in wanted.items() if path and not path.exists()]
+    if missing:
+        return None, None, _MISSING + " nor ".join(missing)
+    try:
+        return load_spectrum(data_dir, star) if spectra else None, load_cutout(data_dir, star) if images else None, ""
+    except DataError as error:
+        return None, None, str(error)
+
+
+def is_missing(problem: str) -> bool:
+    """Whether a problem told by `load_star` is that a file is not there, rather than that it is damaged."""
+    return problem.startswith(_MISSING)
+
+
+def load_stars(
+    stars: list[Star], data_dir: Path, *, spectra: bool, images: bool, num_workers: int
+) -> tuple[np.ndarray | None, np.ndarray | None, list[str]]:
+    """Read many stars' files in `num_workers` processes, under a progress bar.
+
+    Returns the usable stars' spectra (N, 3522) float32 and cutouts (N, 3, 128, 128) uint8, None where
+    not wanted, and for each star given why it cannot be used ("" if it can).
+    """
+    load = partial(load_star, data_dir=data_dir, spectra=spectra, images=images)
+    progress = {"desc": "reading stars", "unit": "star", "leave": False}
+    if num_workers > 1:
+        loaded = process_map(load, stars, max_workers=num_workers, chunksize=16, **progress)
+    else:
+        loaded = [load(star) for star in tqdm(stars, **progress)]
+    problems = [problem for _, _, problem in loaded]
+    usable = [(spectrum, image) for spectrum, image, problem in loaded if not problem]
+    return (
+        np.stack([spectrum for spectrum, _ in usable]) if spectra and usable else None,
+        np.stack([image for _, image in usable]) if images and usable else None,
+        problems,
+    )

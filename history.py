@@ -1,0 +1,126 @@
+"""What a run leaves behind: its record in training_history.json, and its plots.
+
+    import pandas as pd
+    runs = pd.json_normalize(pd.read_json("training_history.json").to_dict("records"))
+
+The file is a list with one record a run. Its keys are those of the earlier reproduction, so that
+programs which read that file read this one, and more beside them.
+"""
+
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import astropy
+import matplotlib
+import numpy as np
+import pandas as pd
+import sklearn
+import torch
+import torchvision
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from data import CLASS_NAMES, write_atomically
+
+EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1")
+
+
+@contextlib.contextmanager
+def claim_training_id(output_dir: Path) -> Iterator[str]:
+    """A run's YYYYmmdd_HHMMSS, unique in this directory also among runs that start in the same second."""
+    checkpoints = output_dir / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    stamp, attempt = datetime.now().strftime("%Y%m%d_%H%M%S"), 1
+    while True:
+        training_id = stamp if attempt == 1 else f"{stamp}_{attempt}"
+        lock = FileLock(checkpoints / f".{training_id}.lock")
+        with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+            if not (checkpoints / f"best_model_{training_id}.pth").exists():
+                yield training_id
+                return
+        attempt += 1
+
+
+def append_to_history(path: Path, record: dict) -> None:
+    """Append a run; runs that end together wait for each other, and a damaged file is set aside, not lost."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        history = []
+        if path.exists():
+            try:
+                history = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(history, list):
+                    raise ValueError("not a list of runs")
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+                aside = path.with_name(f"{path.stem}.damaged-{record['config']['training_id']}{path.suffix}")
+                path.rename(aside)
+                history = []
+                print(f"{path} is damaged ({error}); it is kept as {aside.name}, and a new one begins", file=sys.stderr)
+        with write_atomically(path) as temporary:
+            text = json.dumps([*history, record], indent=2, ensure_ascii=False, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def plot_training(path: Path, record: dict) -> None:
+    """Loss, accuracy, precision, recall and F1 by epoch."""
+    metrics, config, best = record["epoch_metrics"], record["config"], record["final_metrics"]["best_epoch"]
+    epochs = range(1, len(metrics["train_loss"]) + 1)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure.suptitle(f"{config['training_id']}: {config['modality']}, {config['stars']}")
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, metrics["train_loss"], "o-", label="training")
+    left.plot(epochs, metrics["val_loss"], "o-", label="validation")
+    left.set(xlabel="epoch", ylabel="loss (cross-entropy + contrastive)")
+    for name, marker in (("accuracy", "o"), ("precision", "s"), ("recall", "^"), ("f1", "D")):
+        right.plot(
+            epochs, metrics[f"val_{name}"], f"{marker}-", markersize=4, alpha=0.8, label=name.replace("f1", "F1")
+        )
+    right.axhline(1 / len(CLASS_NAMES), color="gray", linestyle=":", label="guessing")
+    right.set(xlabel="epoch", ylabel="validation score (weighted)", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.axvline(best, color="black", linestyle="--", linewidth=0.8, label=f"best epoch ({best})")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def plot_confusion_matrix(path: Path, targets: np.ndarray, predictions: np.ndarray, title: str) -> None:
+    figure = Figure(figsize=(5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    labels = range(len(CLASS_NAMES))
+    ConfusionMatrixDisplay.from_predictions(
+        targets,
+        predictions,
+        labels=labels,
+        display_labels=CLASS_NAMES,
+        cmap="Blues",
+        colorbar=False,
+        ax=axes,
+    )
+    axes.set(title=title, xlabel="predicted subclass", ylabel="catalogue subclass")
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def library_versions() -> dict[str, str]:
+    libraries = (torch, torchvision, np, pd, sklearn, astropy, matplotlib)
+    return {"python": platform.python_version()} | {library.__name__: library.__version__ for library in libraries}
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "+changes" if files differ from it; None outside a git checkout."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if status.stdout else "")

@@ -1,0 +1,26 @@
+"""The spectrum–image contrastive (SIC) loss of the paper, and its sum with the classification loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_loss(align_logits: Tensor) -> Tensor:
+    """Mean cross-entropy, by row and by column, of finding star i's spectrum for its image and the reverse.
+
+    align_logits: (B, B), image i against spectrum j. Zero for a batch of one.
+    """
+    own = torch.arange(len(align_logits), device=align_logits.device)
+    return (F.cross_entropy(align_logits, own) + F.cross_entropy(align_logits.T, own)) / 2
+
+
+def loss_sic(align_logits: Tensor | None, fuse_logits: Tensor, targets: Tensor, *, sic_weight: float = 1.0) -> Tensor:
+    """sic_weight · contrastive loss + cross-entropy of the classes; the paper's loss has sic_weight = 1.
+
+    align_logits: (B, B), or None for a model of one modality, which has no contrastive term.
+    fuse_logits: (B, num_classes); targets: (B,) class indices, on the same device.
+    """
+    classification = F.cross_entropy(fuse_logits, targets)
+    if align_logits is None or sic_weight == 0:
+        return classification
+    return sic_weight * contrastive_loss(align_logits) + classification

@@ -1,0 +1,236 @@
+"""The network of "Deep Multimodal Networks for M-type Star Classification with Paired Spectrum and
+Photometric Image" (PASP 2023): a ResNet-152 for the image, a 1D-CNN for the spectrum, and a
+Transformer that reads the tokens of both behind a [CLS] token.
+
+    model = FusionModel()                                    # downloads nothing
+    align_logits, fuse_logits = model(specs, imgs)           # (B, 3522), (B, 3, 128, 128)
+
+The encoders follow, layer by layer and name by name, the authors' code
+(https://github.com/Gajiln/Spectrum-Image-Star-Classification), so that their trained encoder weights
+load. The Transformer has the shape of ViLT (Kim et al. 2021), as theirs, built of torch's own parts.
+"""
+
+import pickle
+import urllib.error
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+MODALITIES = ("fusion", "spectrum", "image")
+IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+TEMPERATURE = 0.07  # of the contrastive logits; the authors' fixed value
+INIT_STD = 0.02  # standard deviation of ViLT's initial weights and embeddings
+
+CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train.py wrote
+
+
+class ImageEncoder(nn.Module):
+    """ResNet without its pooling and classifier, pooled to four tokens.
+
+    forward: imgs (B, 3, H, W) → image_features (B, hidden_size), image_tokens (B, 4, hidden_size).
+    """
+
+    def __init__(
+        self, hidden_size: int = 512, *, backbone: str = "resnet152", weights: str | Path | None = None
+    ) -> None:
+        super().__init__()
+        resnet = _build_resnet(backbone, weights)
+        self.model = nn.Sequential(*list(resnet.children())[:-2])
+        self.pool = nn.AdaptiveAvgPool2d((4, 1))
+        self.fc = nn.Linear(resnet.fc.in_features, hidden_size)
+
+    def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.pool(self.model(imgs))  # (B, 2048, 4, 1)
+        image_tokens = self.fc(pooled.flatten(2).transpose(1, 2))  # (B, 2048, 4) → (B, 4, 2048) → (B, 4, 512)
+        image_features = self.fc(pooled.mean(dim=(2, 3)))
+        return image_features, image_tokens
+
+
+class SpecEncoder(nn.Module):
+    """Five plain convolutions, with neither activation nor normalisation between them, as the authors have it.
+
+    forward: specs (B, L) → spectrum_features (B, hidden_size), spectrum_tokens (B, 32, hidden_size).
+    """
+
+    def __init__(self, hidden_size: int = 512) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(1, 32, kernel_size=4)
+        self.conv2 = nn.Conv1d(32, 64, kernel_size=4)
+        self.conv3 = nn.Conv1d(64, 128, kernel_size=4)
+        self.conv4 = nn.Conv1d(128, 256, kernel_size=4)
+        self.conv5 = nn.Conv1d(256, hidden_size, kernel_size=4)
+        self.max_pool = nn.MaxPool1d(4)
+        self.token_pool = nn.AdaptiveAvgPool1d(32)
+        self.fc = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, specs: Tensor) -> tuple[Tensor, Tensor]:
+        x = specs.unsqueeze(1)  # (B, 3522) → (B, 1, 3522)
+        x = self.max_pool(self.conv2(self.conv1(x)))  # (B, 64, 879)
+        x = self.max_pool(self.conv4(self.conv3(x)))  # (B, 256, 218)
+        x = self.conv5(x)  # (B, 512, 215)
+        spectrum_tokens = self.token_pool(x).transpose(1, 2)  # (B, 512, 32) → (B, 32, 512)
+        spectrum_features = self.fc(x.mean(dim=2))
+        return spectrum_features, spectrum_tokens
+
+
+class FusionModel(nn.Module):
+    """Both encoders, the Transformer that fuses their tokens, and the classifier.
+
+    Args:
+        modality: "fusion" reads both inputs; "spectrum" and "image" build only the one encoder, and
+            the Transformer reads its tokens alone.
+        image_backbone: one of IMAGE_BACKBONES; the paper's is "resnet152", smaller ones serve tests.
+        image_weights: None for random weights, "imagenet" for torchvision's (downloaded once), or the
+            path of a file in torchvision's format. Raises OSError when they cannot be had.
+
+    forward: specs (B, 3522) float, imgs (B, 3, 128, 128) float, B ≥ 1, on the model's device →
+        align_logits (B, B): cosine of image i and spectrum j over the temperature; None unless "fusion";
+        fuse_logits (B, num_classes): the classes, from the Transformer's [CLS] output.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 5,
+        hidden_size: int = 512,
+        num_heads: int = 8,
+        num_layers: int = 8,
+        dropout: float = 0.1,
+        *,
+        modality: str = "fusion",
+        image_backbone: str = "resnet152",
+        image_weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.arguments = {
+            "num_classes": num_classes,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "num_layers": num_layers,
+            "dropout": dropout,
+            "modality": modality,
+            "image_backbone": image_backbone,
+        }
+        if modality not in MODALITIES:
+            raise ValueError(f"modality is {modality!r}, not one of {', '.join(MODALITIES)}")
+        self.spec_encoder = self.image_encoder = None
+        num_tokens = 1  # [CLS]
+        if modality != "image":
+            self.spec_encoder = SpecEncoder(hidden_size)
+            num_tokens += 32
+        if modality != "spectrum":
+            self.image_encoder = ImageEncoder(hidden_size, backbone=image_backbone, weights=image_weights)
+            num_tokens += 4
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.position_embedding = nn.Parameter(torch.zeros(1, num_tokens, hidden_size))
+        self.token_type_embedding = nn.Embedding(2, hidden_size)  # 0: [CLS] and spectrum, 1: image
+        layer = nn.TransformerEncoderLayer(
+            hidden_size,
+            num_heads,
+            dim_feedforward=4 * hidden_size,
+            dropout=dropout,
+            activation="gelu",
+            norm_first=True,
+            batch_first=True,
+        )
+        self.transformer = nn.TransformerEncoder(
+            layer, num_layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
+        )
+        self.classifier = nn.Linear(hidden_size, num_classes)
+        self._initialise_fusion()
+
+    def _initialise_fusion(self) -> None:
+        """ViLT's initial weights. Without this, torch's Transformer starts as eight copies of one layer."""
+        nn.init.normal_(self.position_embedding, std=INIT_STD)
+        nn.init.normal_(self.token_type_embedding.weight, std=INIT_STD)
+        for module in (*self.transformer.modules(), self.classifier):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.MultiheadAttention):
+                nn.init.normal_(module.in_proj_weight, std=INIT_STD)
+
+    def forward(self, specs: Tensor | None, imgs: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        tokens, align_logits = [], None
+        spectrum_type, image_type = self.token_type_embedding.weight
+        if self.spec_encoder is not None:
+            spectrum_features, spectrum_tokens = self.spec_encoder(specs)
+            tokens.append(spectrum_tokens + spectrum_type)
+        if self.image_encoder is not None:
+            image_features, image_tokens = self.image_encoder(imgs)
+            tokens.append(image_tokens + image_type)
+        if self.spec_encoder is not None and self.image_encoder is not None:
+            align_logits = contrastive_logits(image_features, spectrum_features)
+
+        cls_token = (self.cls_token + spectrum_type).expand(len(tokens[0]), -1, -1)
+        x = torch.cat([cls_token, *tokens], dim=1) + self.position_embedding  # (B, 1 + 32 + 4, 512)
+        fuse_logits = self.classifier(self.transformer(x)[:, 0])
+        return align_logits, fuse_logits
+
+
+def contrastive_logits(image_features: Tensor, spectrum_features: Tensor) -> Tensor:
+    """(B, B): cosine similarity of image i and spectrum j, over the temperature."""
+    # In float32 also under autocast: divided by 0.07, bfloat16's three digits would be too coarse.
+    with torch.autocast(image_features.device.type, enabled=False):
+        image_features = F.normalize(image_features.float(), dim=1)
+        spectrum_features = F.normalize(spectrum_features.float(), dim=1)
+        return image_features @ spectrum_features.T / TEMPERATURE
+
+
+def _build_resnet(backbone: str, weights: str | Path | None) -> torchvision.models.ResNet:
+    if backbone not in IMAGE_BACKBONES:
+        raise ValueError(f"image_backbone is {backbone!r}, not one of {', '.join(IMAGE_BACKBONES)}")
+    resnet = torchvision.models.get_model(backbone, weights=None)
+    if weights is not None:
+        state = _fetch_imagenet_weights(backbone) if weights == "imagenet" else _torch_load(Path(weights))
+        try:
+            resnet.load_state_dict(state)
+        except RuntimeError as error:
+            raise OSError(f"{weights}: not the weights of torchvision's {backbone}") from error
+    return resnet
+
+
+def _fetch_imagenet_weights(backbone: str) -> OrderedDict[str, Tensor]:
+    # V1 is what `pretrained=True` gave when the paper was written.
+    imagenet = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+    try:
+        return imagenet.get_state_dict(progress=True, check_hash=True)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, RuntimeError) as error:  # RuntimeError: wrong hash
+        raise OSError(
+            f"the ImageNet weights could not be fetched from {imagenet.url} ({error}); download that file elsewhere "
+            "and give its path (--image-weights PATH), or train from random weights (--image-weights none)"
+        ) from error
+
+
+def save_checkpoint(path: Path, model: FusionModel, **contents: Any) -> None:
+    """Write the weights, the arguments that build their network, and `contents` (plain values) to a file."""
+    checkpoint = {"format": CHECKPOINT_FORMAT, "model_arguments": model.arguments, "model_state": model.state_dict()}
+    torch.save(checkpoint | contents, path)
+
+
+def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
+    """The network of a checkpoint that train.py wrote, and all else that it holds.
+
+    Raises OSError for a file that is missing, damaged, or another program's.
+    """
+    checkpoint = _torch_load(path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise OSError(f"{path}: not a checkpoint of this program (train.py writes them to checkpoints/)")
+    model = FusionModel(**checkpoint["model_arguments"])
+    model.load_state_dict(checkpoint["model_state"])
+    return model, checkpoint
+
+
+def _torch_load(path: Path) -> Any:
+    """Tensors and plain values only: nothing in the file is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise OSError(f"{path}: no such file") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise OSError(f"{path}: damaged, or not a file of PyTorch weights") from error

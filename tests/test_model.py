@@ -1,0 +1,233 @@
+"""The network and its loss against the paper's code as described, and against formulas written out here."""
+
+import hashlib
+import http.server
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from loss_sic import contrastive_loss, loss_sic
+from model import FusionModel, ImageEncoder, SpecEncoder, contrastive_logits, load_checkpoint, save_checkpoint
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+
+
+def small_model(**arguments) -> FusionModel:
+    return FusionModel(image_backbone="resnet18", num_layers=2, **arguments)
+
+
+def inputs(batch: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    specs = torch.rand(batch, 3522, generator=generator)
+    imgs = torch.randn(batch, 3, 128, 128, generator=generator)
+    return specs.to(device), imgs.to(device), (torch.arange(batch) % 5).to(device)
+
+
+def test_full_size_network_has_the_papers_layers_and_takes_a_training_step():
+    model = FusionModel()
+    resnet = torchvision.models.resnet152()
+    assert sum(p.numel() for p in model.image_encoder.model.parameters()) == sum(
+        p.numel() for name, p in resnet.named_parameters() if not name.startswith("fc.")
+    )
+    assert model.image_encoder.fc.weight.shape == (512, 2048)
+    assert model.position_embedding.shape == (1, 1 + 32 + 4, 512)
+    assert len(model.transformer.layers) == 8
+    specs, imgs, targets = inputs(2)
+    align_logits, fuse_logits = model(specs, imgs)
+    assert align_logits.shape == (2, 2) and fuse_logits.shape == (2, 5)
+    loss_sic(align_logits, fuse_logits, targets).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_parameter_names_are_the_authors():
+    names = set(FusionModel(image_backbone="resnet18").state_dict())
+    # Children of torchvision's ResNet, by place: 0 conv1, 1 bn1, 4…7 the four stages.
+    expected = {"image_encoder.model.0.weight", "image_encoder.model.4.0.conv1.weight", "image_encoder.model.7.1.bn2.bias"}
+    expected |= {f"image_encoder.fc.{kind}" for kind in ("weight", "bias")}
+    expected |= {f"spec_encoder.{layer}.{kind}" for layer in ("conv1", "conv5", "fc") for kind in ("weight", "bias")}
+    assert expected <= names
+
+
+def test_spectrum_encoder_is_five_convolutions_and_two_poolings():
+    encoder = SpecEncoder().eval()
+    specs, _, _ = inputs(3)
+    x = specs[:, None]
+    for number in range(1, 6):
+        convolution = getattr(encoder, f"conv{number}")
+        windows = x.unfold(2, 4, 1)  # (B, channels, positions, 4)
+        x = torch.einsum("bcpk,ock->bop", windows, convolution.weight) + convolution.bias[:, None]
+        if number in (2, 4):
+            x = x[..., : x.shape[-1] // 4 * 4].unflatten(2, (-1, 4)).amax(dim=3)
+    assert x.shape == (3, 512, 215)
+    features, tokens = encoder(specs)
+    assert torch.allclose(features, x.mean(2) @ encoder.fc.weight.T + encoder.fc.bias, atol=1e-5)
+    # Adaptive pooling of 215 positions to 32: token i averages positions floor(215 i / 32) … ceil(215 (i+1) / 32).
+    edges = [(215 * i // 32, -(-215 * (i + 1) // 32)) for i in range(32)]
+    expected = torch.stack([x[..., low:high].mean(2) for low, high in edges], dim=1)
+    assert tokens.shape == (3, 32, 512)
+    assert torch.allclose(tokens, expected, atol=1e-5)
+
+
+def test_image_encoder_pools_a_resnet_to_four_tokens():
+    encoder = ImageEncoder(backbone="resnet18").eval()
+    resnet = torchvision.models.resnet18().eval()
+    body = {name: value for name, value in resnet.state_dict().items() if not name.startswith("fc.")}
+    encoder.model.load_state_dict(dict(zip(encoder.model.state_dict(), body.values(), strict=True)))
+    _, imgs, _ = inputs(2)
+    x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(imgs))))
+    x = resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))  # (2, 512, 4, 4)
+    rows = x.mean(dim=3).transpose(1, 2)  # each of the four rows of the map, averaged
+    features, tokens = encoder(imgs)
+    assert torch.allclose(tokens, F.linear(rows, encoder.fc.weight, encoder.fc.bias), atol=1e-4)
+    assert torch.allclose(features, F.linear(x.mean(dim=(2, 3)), encoder.fc.weight, encoder.fc.bias), atol=1e-4)
+
+
+def test_transformer_is_pre_norm_with_gelu_and_layers_that_start_apart():
+    model = small_model().eval()
+    first, second = model.transformer.layers
+    assert not torch.equal(first.linear1.weight, second.linear1.weight)
+    assert first.linear1.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    x = torch.randn(2, 37, 512)
+    y = first.norm1(x)
+    x_attended = x + first.self_attn(y, y, y, need_weights=False)[0]
+    expected = x_attended + first.linear2(F.gelu(first.linear1(first.norm2(x_attended))))
+    assert torch.allclose(first(x), expected, atol=1e-5)
+
+
+def test_classes_come_from_the_cls_output_of_both_inputs():
+    model = small_model().eval()
+    specs, imgs, _ = inputs(2)
+    _, logits = model(specs, imgs)
+    spectrum_type, image_type = model.token_type_embedding.weight
+    tokens = torch.cat(
+        [
+            (model.cls_token + spectrum_type).repeat(2, 1, 1),
+            model.spec_encoder(specs)[1] + spectrum_type,
+            model.image_encoder(imgs)[1] + image_type,
+        ],
+        dim=1,
+    )
+    expected = model.classifier(model.transformer(tokens + model.position_embedding)[:, 0])
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert not torch.allclose(logits, model(specs.flip(0), imgs)[1], atol=1e-4)
+    assert not torch.allclose(logits, model(specs, imgs.flip(0))[1], atol=1e-4)
+
+
+def test_align_logits_are_cosines_of_image_and_spectrum_over_the_temperature():
+    images, spectra = torch.randn(3, 512), torch.randn(3, 512)
+    logits = contrastive_logits(images, spectra)
+    for i in range(3):
+        for j in range(3):
+            cosine = images[i].dot(spectra[j]) / (images[i].norm() * spectra[j].norm())
+            assert logits[i, j].item() == pytest.approx(cosine.item() / 0.07, abs=1e-4)
+
+
+def test_loss_is_the_papers_formula():
+    torch.manual_seed(0)
+    align, fuse, targets = torch.randn(4, 4), torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
+    by_image = -torch.stack([align[i, i] - align[i].exp().sum().log() for i in range(4)]).mean()
+    by_spectrum = -torch.stack([align[i, i] - align[:, i].exp().sum().log() for i in range(4)]).mean()
+    classes = -torch.stack([fuse[i, t] - fuse[i].exp().sum().log() for i, t in enumerate(targets)]).mean()
+    assert contrastive_loss(align).item() == pytest.approx(((by_image + by_spectrum) / 2).item(), abs=1e-6)
+    expected = (by_image + by_spectrum) / 2 + classes
+    assert loss_sic(align, fuse, targets).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert loss_sic(align, fuse, targets, sic_weight=0.0).item() == pytest.approx(classes.item(), abs=1e-6)
+    assert loss_sic(None, fuse, targets).item() == pytest.approx(classes.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_batch_size_on_any_device(batch, device):
+    model = small_model().to(device)
+    specs, imgs, targets = inputs(batch, device)
+    align_logits, fuse_logits = model(specs, imgs)
+    assert align_logits.shape == (batch, batch) and fuse_logits.shape == (batch, 5)
+    loss = loss_sic(align_logits, fuse_logits, targets)
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_star_alone_gets_the_logits_that_it_gets_in_a_batch():
+    model = small_model().eval()
+    specs, imgs, _ = inputs(3)
+    with torch.inference_mode():
+        together, alone = model(specs, imgs)[1], model(specs[1:2], imgs[1:2])[1]
+    assert torch.allclose(together[1:2], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("modality, built, absent", [("spectrum", "spec", "image"), ("image", "image", "spec")])
+def test_one_modality_builds_and_reads_only_its_encoder(modality, built, absent):
+    model = small_model(modality=modality)
+    assert getattr(model, f"{built}_encoder") is not None and getattr(model, f"{absent}_encoder") is None
+    specs, imgs, _ = inputs(2)
+    align_logits, fuse_logits = model(specs if modality == "spectrum" else None, imgs if modality == "image" else None)
+    assert align_logits is None and fuse_logits.shape == (2, 5)
+
+
+def test_unknown_modality_and_backbone_are_refused():
+    with pytest.raises(ValueError, match="modality is 'both'"):
+        FusionModel(modality="both")
+    with pytest.raises(ValueError, match="image_backbone is 'vgg'"):
+        FusionModel(image_backbone="vgg")
+
+
+def test_image_weights_from_a_file(tmp_path):
+    resnet = torchvision.models.resnet18()
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    model = small_model(image_weights=tmp_path / "resnet18.pth")
+    assert torch.equal(model.image_encoder.model[0].weight, resnet.conv1.weight)
+    (tmp_path / "garbage.pth").write_bytes(b"no weights")
+    for name, message in (("absent.pth", "no such file"), ("garbage.pth", "not a file of PyTorch weights")):
+        with pytest.raises(OSError, match=message):
+            small_model(image_weights=tmp_path / name)
+    with pytest.raises(OSError, match="not the weights of torchvision's resnet34"):
+        FusionModel(image_backbone="resnet34", image_weights=tmp_path / "resnet18.pth")
+
+
+@pytest.fixture
+def weights_server(tmp_path, monkeypatch):
+    """Stands in for torchvision's server of ImageNet weights: the file's name carries its checksum, as theirs do."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights")
+    checksum = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8]
+    file = (tmp_path / "weights").rename(tmp_path / f"resnet18-{checksum}.pth")
+
+    def handler(*args):
+        return http.server.SimpleHTTPRequestHandler(*args, directory=tmp_path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value
+    monkeypatch.setattr(weights, "url", f"http://127.0.0.1:{server.server_port}/{file.name}")
+    yield file
+    server.shutdown()
+    server.server_close()
+
+
+def test_imagenet_weights_are_fetched_and_checked(weights_server):
+    model = small_model(image_weights="imagenet")
+    assert torch.equal(model.image_encoder.model[0].weight, torch.load(weights_server)["conv1.weight"])
+
+
+@pytest.mark.parametrize("fault", ["absent", "damaged"])
+def test_imagenet_weights_that_cannot_be_had_name_the_remedy(weights_server, fault):
+    if fault == "absent":
+        weights_server.unlink()
+    else:
+        weights_server.write_bytes(weights_server.read_bytes()[:-100])
+    with pytest.raises(OSError, match="--image-weights PATH.*--image-weights none"):
+        small_model(image_weights="imagenet")
+
+
+def test_checkpoint_holds_all_that_rebuilds_the_network(tmp_path):
+    model = small_model(modality="spectrum", num_heads=4).eval()
+    save_checkpoint(tmp_path / "a.pth", model, epoch=3)
+    again, checkpoint = load_checkpoint(tmp_path / "a.pth")
+    specs, _, _ = inputs(2)
+    assert checkpoint["epoch"] == 3
+    assert torch.equal(again.eval()(specs, None)[1], model(specs, None)[1])
+    # Plain PyTorch reads it without executing anything.
+    assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {"format", "model_arguments", "model_state", "epoch"}

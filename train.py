@@ -1,0 +1,523 @@
+"""Train and evaluate the M-star classifier on paired spectra and images.
+
+    python train.py --demo                                     simulate stars, train on them, in demo/
+    python train.py                                            train on ./objects.csv, spectra/, images/
+    python train.py --data-dir DIR --modality spectrum         spectra alone
+    python train.py --evaluate checkpoints/best_model_ID.pth   score a checkpoint on its validation stars
+
+Read top to bottom: options, stars, split, training, checkpoint, history and plots, main.
+The network is in model.py, its loss in loss_sic.py, the reading of files in data.py.
+"""
+
+import argparse
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import accuracy_score, classification_report, precision_recall_fscore_support
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+import data
+import history
+from data import CLASS_NAMES, DataError, Star
+from loss_sic import loss_sic
+from model import IMAGE_BACKBONES, MODALITIES, FusionModel, load_checkpoint, save_checkpoint
+from simulate_sdss_data import simulate
+
+# Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+WARMUP_EPOCHS = 2
+WEIGHT_DECAY = 0.01
+MAX_GRADIENT_NORM = 1.0
+
+DEMO_DIR = Path("demo")
+DEMO_STARS_PER_CLASS = 50
+DEMO_DEFAULTS = {"data_dir": DEMO_DIR / "stars", "output_dir": DEMO_DIR, "num_epochs": 8, "image_weights": "none"}
+
+# Options
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train and evaluate the M-star classifier on paired spectra and images.",
+        epilog="examples:\n" + __doc__.split("\n\n")[1],
+        formatter_class=type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
+    )
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=Path("."), help="holds objects.csv, spectra/ and images/")
+    add("--output-dir", type=Path, default=Path("."), help="gets checkpoints/, plots/ and training_history.json")
+    add("--epochs", dest="num_epochs", type=_whole(1), default=20, help="passes over the training stars")
+    add("--batch-size", type=_whole(1), default=32, help="stars a step")
+    add("--learning-rate", type=_number(0, math.inf), default=1e-4, help="highest rate of the schedule")
+    add("--validation-split", type=_number(0, 1), default=0.2, help="fraction of the stars that chooses the checkpoint")
+    add("--test-split", type=_number(0, 1, closed=True), default=0.0, help="fraction held out from every choice")
+    add("--seed", dest="random_seed", type=_whole(0), default=42, help="of split, weights, order and dropout")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
+    add("--num-workers", type=_whole(0), default=os.cpu_count(), help="processes that read the stars' files")
+    add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="the paper's is resnet152")
+    add("--image-weights", metavar="{imagenet,none,PATH}", default="imagenet", help="initial weights of the ResNet")
+    add("--modality", choices=MODALITIES, default="fusion", help="what the network reads")
+    add("--sic-weight", type=_number(0, math.inf, closed=True), default=1.0, help="weight of the contrastive loss")
+    add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")
+    add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate scores; "
+        "all: every star of a directory that took no part in training")  # fmt: skip
+    add("--demo", action="store_true", help=f"{len(CLASS_NAMES) * DEMO_STARS_PER_CLASS} simulated stars, the full "
+        f"network from random weights, {DEMO_DEFAULTS['num_epochs']} epochs; all in {DEMO_DIR}/")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.demo:  # the demo's defaults; what the command line names goes before them
+        parser.set_defaults(**DEMO_DEFAULTS)
+        args = parser.parse_args(argv)
+    if args.validation_split + args.test_split >= 1:
+        parser.error("--validation-split and --test-split together leave no star to train on")
+    return args
+
+
+def _whole(low: int):
+    def whole_number(text: str) -> int:
+        if not (value := int(text)) >= low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return value
+
+    return whole_number
+
+
+def _number(low: float, high: float, closed: bool = False):
+    def number(text: str) -> float:
+        value = float(text)
+        if not (low < value < high or (closed and value == low)):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    return number
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # without instructions of its own for it, a processor is slower in bf16 than in fp32
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return "bf16" if has_bf16 else "fp32"
+
+
+# Stars: read, checked, counted
+
+
+class PreparedStars(NamedTuple):
+    """The usable stars, prepared and held in memory; an input the modality does not read is None."""
+
+    stars: list[Star]
+    spectra: Tensor | None  # (N, 3522) float32
+    images: Tensor | None  # (N, 3, 128, 128) uint8
+    targets: Tensor  # (N,) int64, indices into CLASS_NAMES
+
+
+def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[PreparedStars, list[str]]:
+    """The usable stars of a data directory, after telling what is in it; and what is wrong with damaged files."""
+    stars, left_out = data.read_catalog(data.catalog_path(data_dir))
+    for reason, count in left_out.items():
+        print(f"{count} row(s) of the catalogue left out: {reason}")
+    spectra, images, problems = data.load_stars(
+        stars, data_dir, spectra=modality != "image", images=modality != "spectrum", num_workers=num_workers
+    )
+    report_usable(stars, problems)
+    usable = [star for star, problem in zip(stars, problems, strict=True) if not problem]
+    if not usable:
+        raise DataError(
+            f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used; "
+            f"python download_sdss_data.py --data-dir {data_dir} fetches their files"
+        )
+    prepared = PreparedStars(
+        stars=usable,
+        spectra=None if spectra is None else torch.from_numpy(spectra),
+        images=None if images is None else torch.from_numpy(images),
+        targets=torch.tensor([CLASS_NAMES.index(star.subclass) for star in usable]),
+    )
+    return prepared, [problem for problem in problems if problem and not data.is_missing(problem)]
+
+
+def report_usable(stars: list[Star], problems: list[str]) -> None:
+    """Print, per class, how many stars are used, and how many are not and why; name each damaged file."""
+    states = [("used" if not p else p if data.is_missing(p) else "damaged") for p in problems]
+    table = pd.crosstab([star.subclass for star in stars], states, margins=True, margins_name="all")
+    columns = sorted(set(states), key=lambda state: (state != "used", state))
+    print(table[["all", *columns]].rename(columns={"all": "listed"}).rename_axis("class").to_string(), "\n")
+    damaged = [problem for problem, state in zip(problems, states, strict=True) if state == "damaged"]
+    for problem in damaged[:10]:
+        print(f"set aside: {problem}")
+    if len(damaged) > 10:
+        print(f"set aside: {len(damaged) - 10} more; the run's record in training_history.json names them all")
+
+
+class StarDataset(Dataset):
+    """Some of the prepared stars; one indexed read gives a whole batch (spectra, images, targets).
+
+    spectra (B, 3522) float32 and images (B, 3, 128, 128) float32, normalised as ImageNet; None for an
+    input the modality does not read; targets (B,) int64.
+    """
+
+    def __init__(self, prepared: PreparedStars, indices: np.ndarray) -> None:
+        self.prepared = prepared
+        self.indices = torch.as_tensor(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: list[int]) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        chosen = self.indices[positions]
+        spectra, images, targets = self.prepared.spectra, self.prepared.images, self.prepared.targets
+        return (
+            None if spectra is None else spectra[chosen],
+            None if images is None else normalise_images(images[chosen]),
+            targets[chosen],
+        )
+
+
+def normalise_images(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 → float32 with ImageNet's mean and deviation, in the channels-last layout."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def make_loader(
+    prepared: PreparedStars, indices: np.ndarray, batch_size: int, shuffle_seed: int | None = None
+) -> DataLoader:
+    """Batches of those stars: shuffled anew each epoch if a seed is given, in order otherwise."""
+    generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+    return DataLoader(
+        StarDataset(prepared, indices),
+        batch_size=batch_size,
+        shuffle=shuffle_seed is not None,
+        generator=generator,
+        collate_fn=lambda batch: batch,  # __getitems__ already gives a batch
+    )
+
+
+# Split
+
+
+def split_stars(
+    prepared: PreparedStars, validation_split: float, test_split: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Indices of the "train", "validation" and "test" stars: stratified by class, no star in two parts."""
+    needed = 2 if test_split == 0 else 3
+    counts = Counter(star.subclass for star in prepared.stars)
+    for name in CLASS_NAMES:
+        if counts[name] < needed:
+            raise DataError(
+                f"class {name} has {counts[name]} usable star(s); every class needs at least {needed} to be split"
+            )
+
+    star_group = data.group_same_stars(prepared.stars)
+    groups, first = np.unique(star_group, return_index=True)
+    group_class = prepared.targets.numpy()[first]
+
+    def part(groups: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return train_test_split(groups, test_size=fraction, stratify=group_class[groups], random_state=seed)
+        except ValueError as error:  # too few stars for every class to stand in both parts
+            raise DataError(f"{len(groups)} stars cannot be split, {fraction:.2f} of them apart: {error}") from error
+
+    held_out = np.array([], dtype=int)
+    if test_split > 0:
+        groups, held_out = part(groups, test_split)
+    training, validation = part(groups, validation_split / (1 - test_split))
+    parts = {"train": training, "validation": validation, "test": held_out}
+    return {name: np.flatnonzero(np.isin(star_group, members)) for name, members in parts.items()}
+
+
+# Training and evaluation
+
+
+class Engine(NamedTuple):
+    """What every pass over the stars needs."""
+
+    model: FusionModel
+    device: torch.device
+    precision: str
+    sic_weight: float
+
+    def batches(self, loader: DataLoader, description: str) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
+        """The loader's batches on the device, under a progress bar."""
+        for batch in tqdm(loader, desc=description, unit="batch", leave=False):
+            yield tuple(None if part is None else part.to(self.device, non_blocking=True) for part in batch)
+
+    def loss(self, spectra: Tensor | None, images: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's loss and class logits (B, 5), float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            align_logits, fuse_logits = self.model(spectra, images)
+        fuse_logits = fuse_logits.float()
+        return loss_sic(align_logits, fuse_logits, targets, sic_weight=self.sic_weight), fuse_logits
+
+
+def train_one_epoch(engine: Engine, loader: DataLoader, optimizer, scheduler, description: str) -> float:
+    """One pass over the training stars; returns the mean loss, by star."""
+    engine.model.train()
+    total = torch.zeros((), device=engine.device)
+    for spectra, images, targets in engine.batches(loader, description):
+        loss, _ = engine.loss(spectra, images, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(engine.model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        scheduler.step()
+        total += loss.detach() * len(targets)
+    mean = total.item() / len(loader.dataset)
+    if not math.isfinite(mean):
+        raise DataError(f"{description}: the loss became {mean}; try a smaller --learning-rate or --precision fp32")
+    return mean
+
+
+class Evaluation(NamedTuple):
+    loss: float  # mean, by star
+    targets: np.ndarray  # (N,) class indices
+    probabilities: np.ndarray  # (N, 5)
+
+    @property
+    def predictions(self) -> np.ndarray:
+        return self.probabilities.argmax(axis=1)
+
+    def scores(self) -> dict[str, float]:
+        """Accuracy; precision, recall and F1 weighted by class frequency; fraction within ± 1 subclass."""
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            self.targets, self.predictions, average="weighted", zero_division=0
+        )
+        return {
+            "accuracy": float(accuracy_score(self.targets, self.predictions)),
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "within_one_subclass": float((np.abs(self.predictions - self.targets) <= 1).mean()),
+        }
+
+    def report(self) -> str:
+        labels = range(len(CLASS_NAMES))
+        return classification_report(
+            self.targets, self.predictions, labels=labels, target_names=CLASS_NAMES, digits=3, zero_division=0
+        )
+
+
+@torch.inference_mode()
+def evaluate(engine: Engine, loader: DataLoader, description: str = "evaluating") -> Evaluation:
+    """One pass over a loader's stars, in its order, without training."""
+    engine.model.eval()
+    total, targets_seen, probabilities = 0.0, [], []
+    for spectra, images, targets in engine.batches(loader, description):
+        loss, logits = engine.loss(spectra, images, targets)
+        total += loss.item() * len(targets)
+        targets_seen.append(targets.cpu())
+        probabilities.append(logits.softmax(dim=1).cpu())
+    return Evaluation(total / len(loader.dataset), torch.cat(targets_seen).numpy(), torch.cat(probabilities).numpy())
+
+
+def make_optimizer(model: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int):
+    """AdamW, its rate rising over two epochs (at most a third of the run), then falling to zero along a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    total_steps = epochs * steps_per_epoch
+    warmup_steps = min(WARMUP_EPOCHS * steps_per_epoch, math.ceil(total_steps / 3))
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def fit(
+    engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], record: dict, checkpoint_path: Path
+) -> None:
+    """Train; after each epoch validate, print, extend record["epoch_metrics"], and keep the best checkpoint."""
+    config, curves, final = record["config"], record["epoch_metrics"], record["final_metrics"]
+    train_loader = make_loader(prepared, splits["train"], config["batch_size"], shuffle_seed=config["random_seed"])
+    val_loader = make_loader(prepared, splits["validation"], config["batch_size"])
+    epochs = config["num_epochs"]
+    optimizer, scheduler = make_optimizer(engine.model, config["learning_rate"], epochs, len(train_loader))
+    # By identifier, not by row: --evaluate must know the stars also when the catalogue has changed.
+    spectrum_ids = {part: [prepared.stars[i].spectrum_id for i in indices] for part, indices in splits.items()}
+    best_f1 = -1.0
+    for epoch in range(1, epochs + 1):
+        started = time.perf_counter()
+        train_loss = train_one_epoch(engine, train_loader, optimizer, scheduler, f"epoch {epoch}/{epochs}")
+        validation = evaluate(engine, val_loader, f"epoch {epoch}/{epochs}, validating")
+        scores = validation.scores()
+        curves["train_loss"].append(train_loss)
+        curves["val_loss"].append(validation.loss)
+        for name in ("accuracy", "precision", "recall", "f1"):
+            curves[f"val_{name}"].append(scores[name])
+        improved = scores["f1"] > best_f1
+        if improved:
+            best_f1, final["best_epoch"] = scores["f1"], epoch
+            with data.write_atomically(checkpoint_path) as temporary:
+                save_checkpoint(temporary, engine.model, epoch=epoch, config=config, splits=spectrum_ids)
+        print(
+            f"{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {validation.loss:6.3f}  "
+            f"accuracy {scores['accuracy']:.3f}  precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  "
+            f"F1 {scores['f1']:.3f}{'*' if improved else ' '}  {time.perf_counter() - started:5.1f} s",
+            flush=True,
+        )
+
+
+# A run
+
+
+def begin_record(args: argparse.Namespace, training_id: str, device: torch.device, prepared: PreparedStars) -> dict:
+    """A run's record in training_history.json, before its first epoch: every option, and what they came to."""
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    config = {
+        "training_id": training_id,
+        "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **options,
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "precision": choose_precision(args.precision, device),
+        "spec_length": data.SPECTRUM_LENGTH,
+        "image_size": data.IMAGE_SIZE,
+        "num_classes": len(CLASS_NAMES),
+        "class_names": list(CLASS_NAMES),
+        "model_architecture": f"FusionModel({args.modality}, {args.image_backbone})",
+        "optimizer": f"AdamW, weight decay {WEIGHT_DECAY}, {WARMUP_EPOCHS} epochs of warm-up, cosine, "
+        f"gradients clipped at {MAX_GRADIENT_NORM}",
+        "csv_file": str(data.catalog_path(args.data_dir)),
+        "image_dir": str(args.data_dir / "images"),
+        "spectra_dir": str(args.data_dir / "spectra"),
+        "stars": data.describe(prepared.stars),
+        "simulated_stars": sum(star.simulated for star in prepared.stars),
+        "versions": history.library_versions(),
+        "git_commit": history.git_commit(),
+    }
+    return {"config": config, "epoch_metrics": {name: [] for name in history.EPOCH_METRICS}, "final_metrics": {}}
+
+
+def evaluate_checkpoint(args: argparse.Namespace) -> None:
+    """--evaluate: score a checkpoint on its validation or test stars, or on a directory new to it."""
+    model, checkpoint = load_checkpoint(args.evaluate)
+    if checkpoint["config"]["class_names"] != list(CLASS_NAMES):
+        raise DataError(f"{args.evaluate}: made for other classes ({', '.join(checkpoint['config']['class_names'])})")
+    config, splits = checkpoint["config"], checkpoint["splits"]
+    device = choose_device(args.device)
+    model = model.to(device, memory_format=torch.channels_last)
+    engine = Engine(model, device, choose_precision(args.precision, device), config["sic_weight"])
+    prepared, _ = read_stars(args.data_dir, config["modality"], args.num_workers)
+
+    spectrum_ids = np.array([star.spectrum_id for star in prepared.stars])
+    if args.split == "all":
+        indices = np.arange(len(spectrum_ids))
+        seen = np.isin(spectrum_ids, splits["train"] + splits["validation"]).sum()
+        if seen:
+            print(f"note: the checkpoint was trained on, or chosen by, {seen} of these stars: the score flatters it")
+    else:
+        indices = np.flatnonzero(np.isin(spectrum_ids, splits[args.split]))
+        print(f"{len(indices)} of the {len(splits[args.split])} {args.split} stars of the checkpoint are here")
+        if not len(indices):
+            raise DataError(
+                f"{args.data_dir}: none of the checkpoint's {args.split} stars is here; --split all scores others"
+            )
+    evaluation = evaluate(engine, make_loader(prepared, indices, args.batch_size))
+    print(f"\n{args.evaluate}, epoch {checkpoint['epoch']}, on {data.describe([prepared.stars[i] for i in indices])}")
+    print(f"({args.split}; trained on {config['stars']})\n")
+    print(evaluation.report())
+    print(
+        f"loss {evaluation.loss:.3f}  "
+        + "  ".join(f"{name} {value:.3f}" for name, value in evaluation.scores().items())
+    )
+
+
+def train(args: argparse.Namespace, training_id: str) -> None:
+    """A whole run: read, split, train, evaluate the best checkpoint, record, plot."""
+    device = choose_device(args.device)
+    torch.manual_seed(args.random_seed)
+    torch.backends.cudnn.benchmark = True
+    prepared, damaged = read_stars(args.data_dir, args.modality, args.num_workers)
+    splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
+    record = begin_record(args, training_id, device, prepared)
+    config, final = record["config"], record["final_metrics"]
+    config["set_aside"] = damaged
+    config["stars_by_class_and_split"] = {
+        part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
+        for part, indices in splits.items()
+    }
+    weights = None if args.image_weights == "none" or args.modality == "spectrum" else args.image_weights
+    model = FusionModel(
+        num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
+    ).to(device, memory_format=torch.channels_last)
+    engine = Engine(model, device, config["precision"], args.sic_weight)
+    print(f"\n{config['model_architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on "
+          f"{config['device']} in {config['precision']}; {config['stars']}: {len(splits['train'])} to train, "
+          f"{len(splits['validation'])} to validate, {len(splits['test'])} to test\n")  # fmt: skip
+
+    checkpoint_path = args.output_dir / "checkpoints" / f"best_model_{training_id}.pth"
+    started = time.perf_counter()
+    fit(engine, prepared, splits, record, checkpoint_path)
+    record["total_training_time_seconds"] = round(time.perf_counter() - started, 1)
+
+    best, _ = load_checkpoint(checkpoint_path)
+    engine = engine._replace(model=best.to(device, memory_format=torch.channels_last))
+    evaluations = {}
+    for part, key in (("validation", "val"), ("test", "test")):
+        if len(splits[part]):
+            evaluations[part] = evaluate(engine, make_loader(prepared, splits[part], args.batch_size))
+            scores = evaluations[part].scores()
+            final[f"final_{key}_accuracy"] = scores["accuracy"]
+            for name in ("precision", "recall", "f1"):
+                final[f"final_{key}_{name}_weighted"] = scores[name]
+            final[f"final_{key}_within_one_subclass"] = scores["within_one_subclass"]
+    record["classification_report"] = evaluations["validation"].report()
+    if "test" in evaluations:
+        record["test_classification_report"] = evaluations["test"].report()
+
+    plots = args.output_dir / "plots"
+    files = [args.output_dir / "training_history.json", plots / f"training_plot_{training_id}.png"]
+    history.append_to_history(files[0], record)
+    history.plot_training(files[1], record)
+    for part, evaluation in evaluations.items():
+        suffix = "" if part == "validation" else f"_{part}"
+        files.append(plots / f"confusion_matrix_{training_id}{suffix}.png")
+        history.plot_confusion_matrix(
+            files[-1],
+            evaluation.targets,
+            evaluation.predictions,
+            f"{len(splits[part])} {part} stars of {config['stars']}",
+        )
+        print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {part} stars, of {config['stars']}:\n")
+        print(evaluation.report())
+        print(f"within ± 1 subclass: {evaluation.scores()['within_one_subclass']:.3f}")
+    print(f"\ntrained in {record['total_training_time_seconds']:.0f} s. Open these:")
+    for file in [*files, checkpoint_path]:
+        print(f"  {file}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.evaluate:
+        evaluate_checkpoint(args)
+        return
+    if args.demo and not args.data_dir.exists():
+        simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
+    with history.claim_training_id(args.output_dir) as training_id:
+        train(args, training_id)
+
+
+if __name__ == "__main__":
+    data.run_as_script(main)
