@@ -15,6 +15,7 @@ PLATE4/spec.html; specObjID, https://www.sdss.org/dr16/help/glossary/#specobj; t
 """
 
 import contextlib
+import csv
 import io
 import os
 import re
@@ -28,7 +29,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from astropy import units
 from astropy.coordinates import SkyCoord, search_around_sky
 from astropy.io import fits
@@ -162,11 +162,10 @@ def read_catalog(path: Path) -> tuple[list[Star], Counter[str]]:
     and rows that repeat a spectrum. BOSS's "M1 (204445)" counts as M1.
     Raises DataError, naming line and column, where a cell cannot be what its column says.
     """
-    table = _read_csv(path)
     stars: dict[str, Star] = {}
     left_out: Counter[str] = Counter()
-    for index, row in enumerate(table.to_dict("records")):
-        star = _parse_row(row, where=f"{path}, line {index + 2}")
+    for where, row in _read_rows(path):
+        star = _parse_row(row, where)
         if star.subclass not in CLASS_NAMES:
             left_out[f"subclass {star.subclass or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
             continue
@@ -174,7 +173,7 @@ def read_catalog(path: Path) -> tuple[list[Star], Counter[str]]:
         if first is not star:
             if first.subclass != star.subclass:
                 raise DataError(
-                    f"{path}, line {index + 2}: spectrum {star.spectrum_id} is {star.subclass} here and "
+                    f"{where}: spectrum {star.spectrum_id} is {star.subclass} here and "
                     f"{first.subclass} further up; keep the line that is right"
                 )
             left_out["repeats a spectrum listed further up"] += 1
@@ -184,30 +183,37 @@ def read_catalog(path: Path) -> tuple[list[Star], Counter[str]]:
     return list(stars.values()), left_out
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each row of the CSV file by column, as text, and where it stands ("objects.csv, line 7").
+
+    As text: a specObjID is a 64-bit integer, which a float, or int64 for plates from 8192 on, cannot hold.
+    """
     try:
-        # As text: a specObjID is a 64-bit integer, which a float, or int64 for plates from 8192 on, cannot hold.
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            header = [column.strip() for column in next(lines, [])]
+            if not header:
+                raise DataError(f"{path}: the file is empty")
+            missing = [column for column in _REQUIRED_COLUMNS if column not in header]
+            if missing:
+                raise DataError(
+                    f"{path}: column {', '.join(missing)} is missing; the header line reads {' | '.join(header)} "
+                    f"(needed, separated by commas: {', '.join(_REQUIRED_COLUMNS)})"
+                )
+            for cells in filter(None, lines):
+                where = f"{path}, line {lines.line_num}"
+                if len(cells) != len(header):
+                    raise DataError(f"{where}: {len(cells)} cells where the header has {len(header)} columns")
+                yield where, {column: cell.strip() for column, cell in zip(header, cells, strict=True)}
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file; it is the list of stars (columns {', '.join(_REQUIRED_COLUMNS)})"
         ) from None
-    except pd.errors.EmptyDataError:
-        raise DataError(f"{path}: the file is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a comma-separated UTF-8 text file ({error})") from None
-    table.columns = table.columns.str.strip()
-    missing = [column for column in _REQUIRED_COLUMNS if column not in table.columns]
-    if missing:
-        raise DataError(
-            f"{path}: column {', '.join(missing)} is missing; the header line reads "
-            f"{', '.join(table.columns)} (needed, separated by commas: {', '.join(_REQUIRED_COLUMNS)})"
-        )
-    return table
 
 
-def _parse_row(row: dict[str, str], where: str) -> Star:
-    cells = {column: str(cell).strip() for column, cell in row.items()}
+def _parse_row(cells: dict[str, str], where: str) -> Star:
     name = cells["name"]
     if _SPREADSHEET_NUMBER.fullmatch(name):
         raise DataError(
@@ -252,8 +258,8 @@ def _parse_degrees(text: str, column: str, low: float, high: float, where: str) 
 
 def group_same_stars(stars: list[Star]) -> np.ndarray:
     """(N,) group numbers, equal for rows that are one star: the same name, or within 2″ on the sky."""
-    names, _ = pd.factorize(pd.Series([star.name for star in stars]))
-    first_of_name = pd.Series(range(len(stars))).groupby(names).transform("first").to_numpy()
+    rows_of_name: dict[str, int] = {}
+    first_of_name = [rows_of_name.setdefault(star.name, row) for row, star in enumerate(stars)]
     position = np.array([(star.ra, star.dec) for star in stars])
     located = np.flatnonzero(np.isfinite(position).all(axis=1))
     sky = SkyCoord(*position[located].T, unit="deg")
@@ -268,12 +274,15 @@ def group_same_stars(stars: list[Star]) -> np.ndarray:
 
 
 def encode_spec_obj_id(plate: int, mjd: int, fiberID: int, run2d: int) -> int:
-    """The 64-bit specObjID; `run2d` is 26, 103, 104, or 10000·(major−5) + 100·minor + patch for v{major}_{minor}_{patch}."""
+    """The 64-bit specObjID; `run2d` is 26, 103, 104, or 10000·(x−5) + 100·y + z for v{x}_{y}_{z}."""
     return plate << 50 | fiberID << 38 | (mjd - 50_000) << 24 | run2d << 10
 
 
 def decode_spec_obj_id(name: str) -> tuple[int, int, int, str] | None:
-    """(plate, mjd, fiberID, run2d) of a specObjID, run2d as in SDSS's paths ("26", "v5_13_0"); None for any other name."""
+    """(plate, mjd, fiberID, run2d) of a specObjID, run2d as in SDSS's paths ("26", "v5_13_0").
+
+    None for a name that is no specObjID.
+    """
     if not (name.isascii() and name.isdigit()) or int(name) >= 2**64 or int(name) % 2**10:
         return None
     value = int(name)

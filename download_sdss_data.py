@@ -1,14 +1,14 @@
 """Fill spectra/ and images/ of a data directory from SDSS DR16, for the stars in its objects.csv.
 
     python download_sdss_data.py                       all that is missing beside ./objects.csv
+    python download_sdss_data.py --data-dir DIR        the same for DIR/objects.csv
     python download_sdss_data.py --dry-run --limit 10  only show what would be fetched for ten stars
-    python download_sdss_data.py --data-dir DIR        for DIR/objects.csv
-    python download_sdss_data.py --full                spectra with their single exposures, 5–20 times larger
+    python download_sdss_data.py --full                spectra with every exposure, several times larger
 
-A file that is there and whole is kept, whatever options it was fetched with; a damaged one is
-fetched again. Run the same command again after an interruption or a failure to fetch the rest.
-The last run's missing files stand, with the reason, in download_failures.csv; when none is missing
-there is no such file. Exit status: 0 if all files are there, 1 if some are missing, 130 on Ctrl-C.
+A file that is there and valid is kept, whatever options it was fetched with; a damaged one is
+fetched again. Files appear whole or not at all; after an interruption or a failure, run again.
+What the last run could not get stands with its reason in download_failures.csv; when nothing is
+missing there is no such file. Exit status: 0 if all files are there, 1 if not, 130 on Ctrl-C.
 
 Sources: paths of the spectra, https://www.sdss.org/dr16/data_access/bulk/ and
 https://data.sdss.org/datamodel/files/SPECTRO_REDUX/RUN2D/spectra/lite/PLATE4/spec.html; cutouts and
@@ -18,12 +18,12 @@ their limits of 64 and 2048 pixels, https://skyserver.sdss.org/dr16/en/help/docs
 import argparse
 import contextlib
 import csv
-import math
 import queue
 import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlencode, urlsplit
@@ -39,18 +39,22 @@ from data import CLASS_NAMES, DataError, Spectrum, Star
 
 SAS_URL = "https://data.sdss.org/sas/dr16"
 SKYSERVER_URL = "https://skyserver.sdss.org/dr16/SkyServerWS"
-USER_AGENT = f"m-star-classification/1.0 ({requests.utils.default_user_agent()})"
 
 # DR16 holds the SDSS-I/II spectra under three run2d, and all BOSS and eBOSS spectra under one.
 SDSS_RUN2D = ("26", "104", "103")
+FIRST_PLATE_BEYOND_26 = 1960  # lower plates are all run2d 26
 BOSS_RUN2D = "v5_13_0"
-FIRST_PLATE_NOT_ONLY_26 = 1960  # lower plates are all run2d 26
 FIRST_BOSS_PLATE = 3523
 
 MIN_CUTOUT_SIZE = 64  # the service clips smaller ones in silence, like those above data.MAX_CUTOUT_SIZE
+CUTOUT_SCALE = 0.2  # arcsec a pixel: 128 pixels are 25.6 arcsec
 
-PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})  # any other but 200 is an answer for good
-LONGEST_WAIT = 60  # times --backoff, however long a Retry-After asks for
+HEADERS = {
+    "User-Agent": f"m-star-classification/1.0 ({requests.utils.default_user_agent()})",
+    "Accept-Encoding": "identity",  # the archive's bytes as they are, and no small answer that unpacks to a huge one
+}
+PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})  # asked again; every other refusal is for good
+LONGEST_WAIT = 60  # times --backoff, whatever a Retry-After asks for
 LONGEST_BODY = 10  # times --timeout, for a body that keeps trickling in
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 2**16
@@ -68,54 +72,47 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
     )
     add = parser.add_argument
+    size, positive = _number(int, MIN_CUTOUT_SIZE, data.MAX_CUTOUT_SIZE), _number(float, 1e-3, 1e3)
     add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, gets spectra/ and images/")
-    add("--workers", type=_number(int, 1, 64), default=4, metavar="N", help="connections to each of the two servers")
-    add("--image-rate", type=_number(float, 1e-3, 1e3), default=1.0, metavar="R", help="most cutouts asked for a second")
+    add("--workers", type=_number(int, 1, 64), default=4, metavar="N", help="most connections to each server")
+    add("--image-rate", type=positive, default=1.0, metavar="R", help="most cutouts asked for in a second")
     add("--limit", type=_number(int, 1, 10**9), metavar="N", help="only the first N stars of the catalogue")
     add("--dry-run", action="store_true", help="print what would be fetched, write nothing")
-    add("--full", action="store_true", help="full spectra (all exposures) in place of lite ones")
-    sizes = (MIN_CUTOUT_SIZE, data.MAX_CUTOUT_SIZE)
-    add("--image-size", type=_number(int, *sizes), default=data.IMAGE_SIZE, metavar="N", help="pixels a side of a cutout")
-    add("--image-scale", type=_number(float, 1e-3, 1e3), default=0.2, metavar="S", help="arcsec a pixel of a cutout")
+    add("--full", action="store_true", help="full spectra, with every exposure, in place of lite ones")
+    add("--image-size", type=size, default=data.IMAGE_SIZE, metavar="N", help="pixels a side of a cutout")
+    add("--image-scale", type=positive, default=CUTOUT_SCALE, metavar="S", help="arcsec a pixel of a cutout")
     add("--retries", type=_number(int, 0, 100), default=5, metavar="N", help="further attempts after a passing fault")
-    backoff = f"wait before the first retry, doubled at each further one up to {LONGEST_WAIT} times"
-    add("--backoff", type=_number(float, 0, 600), default=1.0, metavar="SECONDS", help=backoff)
-    timeout = f"longest silence of a server; a whole file may take {LONGEST_BODY} times that"
-    add("--timeout", type=_number(float, 0.1, 3600), default=30.0, metavar="SECONDS", help=timeout)
-    add("--sas-url", type=_http_url, default=SAS_URL, metavar="URL", help="archive of the spectra, or its mirror")
-    add("--skyserver-url", type=_http_url, default=SKYSERVER_URL, metavar="URL", help="cutout service, or its mirror")
+    add("--backoff", type=positive, default=1.0, metavar="S",
+        help=f"seconds to the first retry, doubled at each further one up to {LONGEST_WAIT} times this")  # fmt: skip
+    add("--timeout", type=positive, default=30.0, metavar="S",
+        help=f"longest silence of a server in seconds; a whole file may take {LONGEST_BODY} times this")  # fmt: skip
+    add("--sas-url", type=_http_url, default=SAS_URL, metavar="URL", help="archive of the spectra, or a mirror of it")
+    add("--skyserver-url", type=_http_url, default=SKYSERVER_URL, metavar="URL", help="cutout service, or a mirror")
     return parser.parse_args(argv)
 
 
-def _number(kind: type[int] | type[float], low: float, high: float):
+def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            whole = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {whole} from {low} to {high}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
 
     return number
 
 
 def _http_url(text: str) -> str:
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(text)
-        valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an http(s):// address")
-    return text.rstrip("/")
+        if parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment):
+            return text.rstrip("/")
+    raise argparse.ArgumentTypeError(f"{text!r} is not an http:// or https:// address")
 
 
 # What to fetch, and from where
 
 
-def decoded_run2d(star: Star) -> str | None:
+def run2d_in_name(star: Star) -> str | None:
     """The run2d in the star's name, if that is the specObjID of this very spectrum."""
     decoded = data.decode_spec_obj_id(star.name)
     return decoded[3] if decoded and decoded[:3] == (star.plate, star.mjd, star.fiberID) else None
@@ -123,33 +120,37 @@ def decoded_run2d(star: Star) -> str | None:
 
 def run2d_candidates(star: Star) -> tuple[str, ...]:
     """The run2d under which DR16 holds the spectrum: one, unless neither name nor plate settles it."""
-    run2d = decoded_run2d(star)
+    run2d = run2d_in_name(star)
     if run2d in SDSS_RUN2D:
         return (run2d,)
-    # A list made from another release names an older or newer v5; DR16 has every such spectrum as v5_13_0.
+    # A list made from another release names another v5; DR16 has all these spectra as v5_13_0.
     if (run2d and run2d.startswith("v5_")) or star.plate >= FIRST_BOSS_PLATE:
         return (BOSS_RUN2D,)
-    return SDSS_RUN2D if star.plate >= FIRST_PLATE_NOT_ONLY_26 else SDSS_RUN2D[:1]
+    return SDSS_RUN2D if star.plate >= FIRST_PLATE_BEYOND_26 else SDSS_RUN2D[:1]
 
 
-def spectrum_url(star: Star, run2d: str, *, sas_url: str = SAS_URL, full: bool = False) -> str:
-    boss = run2d.startswith("v")
-    survey = "eboss" if boss else "sdss"
-    folder = ("full/" if boss else "") if full else "lite/"
-    name = f"{star.plate:04d}/spec-{star.spectrum_id}.fits"
-    return f"{sas_url}/{survey}/spectro/redux/{run2d}/spectra/{folder}{name}"
+def spectrum_url(star: Star, run2d: str, *, full: bool = False, sas_url: str = SAS_URL) -> str:
+    if run2d == BOSS_RUN2D:
+        folder = f"eboss/spectro/redux/{run2d}/spectra/{'full' if full else 'lite'}"
+    else:
+        folder = f"sdss/spectro/redux/{run2d}/spectra{'' if full else '/lite'}"
+    return f"{sas_url}/{folder}/{star.plate:04d}/spec-{star.spectrum_id}.fits"
 
 
 def cutout_url(
-    ra: float, dec: float, *, size: int = data.IMAGE_SIZE, scale: float = 0.2, skyserver_url: str = SKYSERVER_URL
+    ra: float,
+    dec: float,
+    *,
+    size: int = data.IMAGE_SIZE,
+    scale: float = CUTOUT_SCALE,
+    skyserver_url: str = SKYSERVER_URL,
 ) -> str:
-    position = {"ra": f"{ra:.7f}", "dec": f"{dec:.7f}"}
-    query = urlencode({**position, "scale": f"{scale:g}", "width": size, "height": size, "opt": ""})
-    return f"{skyserver_url}/ImgCutout/getjpeg?{query}"
+    query = {"ra": f"{ra:.7f}", "dec": f"{dec:.7f}", "scale": f"{scale:g}", "width": size, "height": size, "opt": ""}
+    return f"{skyserver_url}/ImgCutout/getjpeg?{urlencode(query)}"
 
 
 class File(NamedTuple):
-    """One file to fetch. `urls` are tried in turn while they answer 404; a cutout of unknown position has none."""
+    """A file to fetch. `urls` are tried in turn while they answer 404; a cutout of unknown position has none."""
 
     star: Star
     kind: str  # "spectrum" or "cutout"
@@ -158,7 +159,7 @@ class File(NamedTuple):
 
 
 def spectrum_file(star: Star, args: argparse.Namespace) -> File:
-    urls = (spectrum_url(star, run2d, sas_url=args.sas_url, full=args.full) for run2d in run2d_candidates(star))
+    urls = (spectrum_url(star, run2d, full=args.full, sas_url=args.sas_url) for run2d in run2d_candidates(star))
     return File(star, "spectrum", data.spectrum_path(args.data_dir, star), tuple(urls))
 
 
@@ -170,66 +171,50 @@ def cutout_file(star: Star, spectrum: Spectrum | None, args: argparse.Namespace)
     return File(star, "cutout", data.cutout_path(args.data_dir, star), tuple(urls[:1]))
 
 
-class Survey(NamedTuple):
-    """What a data directory has and lacks of its stars' files, by path."""
-
-    there: set[Path]
-    damaged: set[Path]
-    spectra: dict[Path, File]
-    cutouts: dict[Path, File]
-    waiting: dict[Path, File]  # cutouts whose position must come from the spectrum fetched to this path
-
-
-def survey_files(stars: list[Star], args: argparse.Namespace) -> Survey:
-    survey = Survey(set(), set(), {}, {}, {})
+def survey_files(stars: list[Star], args: argparse.Namespace) -> tuple[set[Path], list[File]]:
+    """The stars' files that are there and valid, and those to fetch."""
+    there: set[Path] = set()
+    missing: dict[Path, File] = {}  # by path: rows of one name and class share their cutout
     other_sizes = 0
     for star in tqdm(stars, desc="checking files", unit="star", leave=False):
-        spectrum = None
-        file = spectrum_file(star, args)
+        spectrum, file = None, spectrum_file(star, args)
         try:
             spectrum = data.read_spectrum(file.path, star)
-            survey.there.add(file.path)
+            there.add(file.path)
         except DataError:
-            survey.spectra[file.path] = file
-        cutout = cutout_file(star, spectrum, args)
+            missing[file.path] = file
+        file = cutout_file(star, spectrum, args)
         try:
-            other_sizes += len(data.read_cutout(cutout.path)) != args.image_size
-            survey.there.add(cutout.path)
+            other_sizes += len(data.read_cutout(file.path)) != args.image_size
+            there.add(file.path)
         except DataError:
-            if cutout.urls or spectrum:
-                survey.cutouts[cutout.path] = cutout
-            else:
-                survey.waiting[file.path] = cutout
-    survey.damaged.update(path for path in (*survey.spectra, *survey.cutouts) if path.exists())
-    survey.damaged.update(cutout.path for cutout in survey.waiting.values() if cutout.path.exists())
+            missing.setdefault(file.path, file)
     if other_sizes:
-        print(f"{other_sizes} cutouts that are there are not {args.image_size} pixels wide; they are kept")
-    return survey
+        print(f"cutouts there of another size than {args.image_size} pixels, kept: {other_sizes}")
+    if damaged := sum(path.exists() for path in missing):
+        print(f"damaged files there, to be fetched again: {damaged}")
+    return there, list(missing.values())
 
 
 # Fetching
 
 
 class FetchError(Exception):
-    """A file that was not got; `status` is the HTTP status if that says why, and 0 if the answer was no good."""
+    """Why a file was not got; `status` is the HTTP status if that is the reason, else 0."""
 
     def __init__(self, reason: str, status: int = 0, retry_after: str = "") -> None:
-        super().__init__(reason)
+        super().__init__(" ".join(reason.split())[:200])  # part of it may be the server's text
         self.status = status
         self.retry_after = retry_after
 
-    @property
-    def is_permanent(self) -> bool:
-        return self.status != 0 and self.status not in PASSING_STATUSES
-
 
 def waiting_time(attempt: int, backoff: float, retry_after: str = "") -> float:
-    """Seconds from a failed attempt (0, 1, …) to the next; `retry_after` is that header, seconds or a date."""
+    """Seconds to wait after attempt 0, 1, …; `retry_after` is the header of that name: seconds, a date or nothing."""
     try:
-        asked = urllib3.Retry().parse_retry_after(retry_after) if retry_after else 0
+        asked_for = urllib3.Retry().parse_retry_after(retry_after)
     except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-        asked = 0
-    return min(max(backoff * 2**attempt, asked), backoff * LONGEST_WAIT)
+        asked_for = 0
+    return min(max(backoff * 2**attempt, asked_for), backoff * LONGEST_WAIT)
 
 
 class Pacer:
@@ -247,24 +232,16 @@ class Pacer:
         time.sleep(max(0.0, turn - time.monotonic()))
 
 
-def new_session() -> requests.Session:
-    session = requests.Session()
-    # identity: the archive's bytes as they are, and no small answer that unpacks to a huge one
-    session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
-    session.max_redirects = MAX_REDIRECTS
-    return session
-
-
 def get(session: requests.Session, url: str, timeout: float) -> bytes:
     """The whole body of a GET, bounded in size and time. Raises FetchError."""
     deadline = time.monotonic() + LONGEST_BODY * timeout
     body = bytearray()
     try:
-        # Leaving the block after an error closes the connection: an error page is never read, however long.
+        # An error leaves the block, which closes the connection: an error page is never read, however long it is.
         with session.get(url, stream=True, timeout=timeout) as response:
             if response.status_code != 200:
-                reason = f"HTTP {response.status_code} {response.reason or ''}".strip()
-                raise FetchError(reason[:100], response.status_code, response.headers.get("Retry-After", ""))
+                reason = f"HTTP {response.status_code} {response.reason or ''}"
+                raise FetchError(reason, response.status_code, response.headers.get("Retry-After", ""))
             # read1 gives what has come so far; iter_content would wait for a full chunk and miss the deadline.
             while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
                 body += chunk
@@ -276,8 +253,8 @@ def get(session: requests.Session, url: str, timeout: float) -> bytes:
         raise FetchError(f"no answer within {timeout:g} s") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         cause: BaseException = error
-        while cause.__cause__ or cause.__context__:  # the innermost says it in the fewest words
-            cause = cause.__cause__ or cause.__context__
+        while inner := cause.__cause__ or cause.__context__:  # the innermost says it in the fewest words
+            cause = inner
         raise FetchError(f"connection failed or broken ({type(cause).__name__}: {cause})") from None
     return bytes(body)
 
@@ -285,17 +262,25 @@ def get(session: requests.Session, url: str, timeout: float) -> bytes:
 class Downloader:
     """Worker threads, each with a session of its own, that take files from two queues.
 
-    Each file ends up in `results` as (file, None) or (file, reason for its failure). An exception
-    there is one that ends the whole run.
+    Each file ends up in `results`, with the reason for its failure or None; an exception there is
+    one that ends the whole run.
     """
 
-    def __init__(self, survey: Survey, args: argparse.Namespace) -> None:
+    def __init__(self, files: list[File], args: argparse.Namespace) -> None:
         self.args = args
-        self.spectra, self.cutouts = deque(survey.spectra.values()), deque(survey.cutouts.values())
-        self.waiting = survey.waiting
+        self.spectra = deque(file for file in files if file.kind == "spectrum")
+        self.cutouts: deque[File] = deque()
+        self.waiting: dict[Path, File] = {}  # cutouts whose position comes with a spectrum, by the spectrum's path
         self.results: queue.SimpleQueue[tuple[File, str | None] | BaseException] = queue.SimpleQueue()
         self.pacer = Pacer(args.image_rate)
         self.writing = threading.Lock()
+        to_come = {file.path for file in self.spectra}
+        for file in files:
+            spectrum_path = data.spectrum_path(args.data_dir, file.star)
+            if file.kind == "cutout" and not file.urls and spectrum_path in to_come:
+                self.waiting[spectrum_path] = file
+            elif file.kind == "cutout":
+                self.cutouts.append(file)
 
     def start(self) -> None:
         # Daemons: a thread that waits for a server or for its turn does not hold up the exit on Ctrl-C.
@@ -310,9 +295,14 @@ class Downloader:
 
     def _work(self, cutouts_first: bool) -> None:
         try:
-            with new_session() as session:
-                while (file := self._next(cutouts_first)) is not None:
-                    self._do(session, file)
+            with requests.Session() as session:
+                session.headers.update(HEADERS)
+                session.max_redirects = MAX_REDIRECTS
+                while file := self._next(cutouts_first):
+                    content, reason = self._fetch(session, file)
+                    if file.path in self.waiting:
+                        self.cutouts.append(cutout_file(file.star, content, self.args))
+                    self.results.put((file, reason))
         except BaseException as error:  # nothing is swallowed: the main thread raises it
             self.results.put(error)
 
@@ -323,30 +313,21 @@ class Downloader:
                 return files.popleft()
         return None
 
-    def _do(self, session: requests.Session, file: File) -> None:
-        content, reason = None, None
-        try:
-            content = self._fetch(session, file)
-        except FetchError as error:
-            reason = str(error)
-        if file.path in self.waiting:
-            self.cutouts.append(cutout_file(file.star, content, self.args))
-        self.results.put((file, reason))
-
-    def _fetch(self, session: requests.Session, file: File) -> Spectrum | np.ndarray:
-        failure = FetchError("no position: neither ra, dec in the catalogue nor PLUG_RA, PLUG_DEC in a spectrum")
+    def _fetch(self, session: requests.Session, file: File) -> tuple[Spectrum | np.ndarray | None, str | None]:
+        """Fetch a file from the first of its URLs that has it; returns (content, None) or (None, reason)."""
+        reason = "no position: neither ra, dec in the catalogue nor PLUG_RA, PLUG_DEC in a spectrum"
         for url in file.urls:
             try:
-                return self._fetch_from(session, url, file)
+                return self._fetch_from(url, session, file), None
             except FetchError as error:
-                failure = error
+                reason = str(error)
                 if error.status != 404:
                     break
-        raise failure
+        return None, reason
 
-    def _fetch_from(self, session: requests.Session, url: str, file: File) -> Spectrum | np.ndarray:
-        # One loop for all passing faults, in place of urllib3's retries: it also covers broken and
-        # useless bodies, lets the pacer count every attempt, and never reads an error page to its end.
+    def _fetch_from(self, url: str, session: requests.Session, file: File) -> Spectrum | np.ndarray:
+        # One loop for every passing fault, in place of urllib3's retries: it covers broken and useless bodies
+        # too, lets the pacer count each attempt, and does not read error pages to their end as they do.
         for attempt in range(self.args.retries + 1):
             if file.kind == "cutout":
                 self.pacer.wait()
@@ -354,14 +335,14 @@ class Downloader:
                 return self._save(get(session, url, self.args.timeout), file)
             except FetchError as error:
                 failure = error
-                if error.is_permanent:
-                    break
+            if failure.status not in (0, *PASSING_STATUSES):
+                break
             if attempt < self.args.retries:
                 time.sleep(waiting_time(attempt, self.args.backoff, failure.retry_after))
         raise failure
 
     def _save(self, body: bytes, file: File) -> Spectrum | np.ndarray:
-        """Write and check the file. Raises FetchError if it is no good, DataError if nothing can be written."""
+        """Write and check a file. Raises FetchError if it is no good, DataError if nothing can be written."""
         try:
             # One at a time: `stop` relies on it, and so does astropy's handling of warnings.
             with self.writing, data.write_atomically(file.path) as temporary:
@@ -371,40 +352,35 @@ class Downloader:
                         return data.read_spectrum(temporary, file.star)
                     return data.read_cutout(temporary, self.args.image_size)
                 except DataError as error:
-                    # After a semicolon stands advice to someone who has the file.
+                    # What follows a semicolon is advice to someone who has the file.
                     raise FetchError(str(error).removeprefix(f"{temporary}: ").partition("; ")[0]) from None
         except OSError as error:
             raise DataError(f"{file.path}: cannot be written ({error.strerror or error})") from error
 
 
-def fetch_files(survey: Survey, args: argparse.Namespace) -> dict[Path, tuple[str, str]]:
-    """Fetch what the survey found missing and add it to `survey.there`; returns (URLs, reason) of each failure."""
-    total = len(survey.spectra) + len(survey.cutouts) + len(survey.waiting)
-    failures: dict[Path, tuple[str, str]] = {}
-    done: Counter[str] = Counter(spectrum=0, cutout=0, failed=0)
-    reasons_shown = set()
-    downloader = Downloader(survey, args)
+def fetch_files(files: list[File], args: argparse.Namespace) -> list[tuple[File, str]]:
+    """Fetch the files; returns those that could not be had, with the reasons."""
+    failures: list[tuple[File, str]] = []
+    counts = Counter(spectrum=0, cutout=0, failed=0)
+    downloader = Downloader(files, args)
     downloader.start()
     try:
-        with tqdm(total=total, desc="fetching", unit="file") as progress:
-            for _ in range(total):
+        with tqdm(total=len(files), desc="fetching", unit="file", disable=not files) as progress:
+            for _ in files:
                 result = downloader.results.get()
                 if isinstance(result, BaseException):
                     raise result
                 file, reason = result
-                if reason is None:
-                    survey.there.add(file.path)
-                else:
-                    failures[file.path] = " ".join(file.urls), reason
-                    if (kind := kind_of_failure(file.path, reason)) not in reasons_shown:
-                        reasons_shown.add(kind)
+                if reason:
+                    failures.append((file, reason))
+                    if len(failures) == 1:  # why, long before the report at the end
                         progress.write(f"{file.path}: {reason}")
-                done[file.kind if reason is None else "failed"] += 1
+                counts["failed" if reason else file.kind] += 1
+                progress.set_postfix(counts, refresh=False)
                 progress.update()
-                progress.set_postfix(done, refresh=False)
     finally:
         downloader.stop()
-    return failures
+    return sorted(failures)
 
 
 # The run and its report
@@ -414,65 +390,49 @@ def read_stars(args: argparse.Namespace) -> list[Star]:
     path = data.catalog_path(args.data_dir)
     stars, left_out = data.read_catalog(path)
     if any(star.simulated for star in stars):
-        raise DataError(f"{path} lists simulated stars; SDSS has no files of them")
-    print(f"{path}: {len(stars)} stars" + (f", the first {args.limit} of them" if args.limit else ""))
+        raise DataError(f"{path}: lists simulated stars; SDSS has no files of them")
+    print(f"{path}: {len(stars)} stars" + (f", of which the first {args.limit}" if args.limit else ""))
     for reason, count in left_out.items():
-        print(f"  left out: {count} rows: {reason}")
+        print(f"  rows left out: {count} ({reason})")
     stars = stars[: args.limit]
-    at_odds = [star for star in stars if data.decode_spec_obj_id(star.name) and decoded_run2d(star) is None]
+    at_odds = [star for star in stars if data.decode_spec_obj_id(star.name) and not run2d_in_name(star)]
     if at_odds:
         plate, mjd, fiberID, _ = data.decode_spec_obj_id(at_odds[0].name)
         print(
-            f"  {len(at_odds)} names are the specObjID of another spectrum than plate, mjd and fiberID say; these "
-            f"columns are used (e.g. {at_odds[0].name} is {plate}-{mjd}-{fiberID}, not {at_odds[0].spectrum_id})"
+            f"  names that are the specObjID of another spectrum than plate, mjd, fiberID: {len(at_odds)}; the columns "
+            f"are used (e.g. {at_odds[0].name} is {plate}-{mjd}-{fiberID}, they say {at_odds[0].spectrum_id})"
         )
     return stars
 
 
-def print_plan(survey: Survey, args: argparse.Namespace) -> None:
-    cutouts = len(survey.cutouts) + len(survey.waiting)
-    print(
-        f"{len(survey.there)} files are there, {len(survey.damaged)} damaged; to fetch: {len(survey.spectra)} spectra, "
-        f"{cutouts} cutouts (at most {args.image_rate:g} a second: {math.ceil(cutouts / args.image_rate / 60)} min)"
-    )
-
-
-def kind_of_failure(path: Path, reason: str) -> str:
-    """The reason without what differs from star to star, which stands in parentheses."""
-    return f"{'spectrum' if path.suffix == '.fits' else 'cutout'}: {reason.partition(' (')[0]}"
-
-
-def report(stars: list[Star], there: set[Path], failures: dict[Path, tuple[str, str]], args) -> bool:
-    """Print the table and write the list of failures; returns whether all files are there."""
-    paths = {star: (data.spectrum_path(args.data_dir, star), data.cutout_path(args.data_dir, star)) for star in stars}
+def print_table(stars: list[Star], there: set[Path], data_dir: Path) -> None:
     print(f"\n{'class':8}{'stars':>8}{'spectra':>10}{'cutouts':>10}{'complete':>10}")
     for name in (*CLASS_NAMES, "all"):
-        found = [tuple(path in there for path in paths[star]) for star in stars if name in (star.subclass, "all")]
-        spectra, cutouts = (sum(column) for column in zip(*found, strict=True)) if found else (0, 0)
-        print(f"{name:8}{len(found):8}{spectra:10}{cutouts:10}{sum(map(all, found)):10}")
+        members = [star for star in stars if name in (star.subclass, "all")]
+        spectra = [data.spectrum_path(data_dir, star) in there for star in members]
+        cutouts = [data.cutout_path(data_dir, star) in there for star in members]
+        complete = sum(both == (True, True) for both in zip(spectra, cutouts, strict=True))
+        print(f"{name:8}{len(members):8}{sum(spectra):10}{sum(cutouts):10}{complete:10}")
 
-    missing = [(star, path) for star in stars for path in paths[star] if path not in there]
-    for kind, count in Counter(kind_of_failure(path, failures[path][1]) for _, path in missing).most_common():
-        print(f"{count:6} missing, {kind}")
-    if missing:
-        with data.write_atomically(args.data_dir / FAILURES_FILE) as temporary:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(FAILURE_COLUMNS)
-                for star, path in missing:
-                    writer.writerow([*star[:5], path.relative_to(args.data_dir).as_posix(), *failures[path]])
-    option = "" if args.data_dir == Path(".") else f" --data-dir {args.data_dir}"
-    if missing:
-        print(f"{len(missing)} files are missing, see {args.data_dir / FAILURES_FILE}; run again to try them again,")
-        print(f"or go on with the complete stars: python train.py{option}")
-    else:
-        print(f"All files are there. Next: python train.py{option}")
-    return not missing
+
+def report_failures(failures: list[tuple[File, str]], data_dir: Path) -> None:
+    """Print how many files failed for which reason, and list them in the failures file."""
+    # What differs from file to file stands in parentheses.
+    reasons = Counter(f"{file.kind}: {reason.partition(' (')[0]}" for file, reason in failures)
+    for reason, count in reasons.most_common():
+        print(f"{count:6} missing, {reason}")
+    path = data_dir / FAILURES_FILE
+    with data.write_atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as csv_file:
+        writer = csv.writer(csv_file)
+        writer.writerow(FAILURE_COLUMNS)
+        for file, reason in failures:
+            writer.writerow([*file.star[:5], file.path.relative_to(data_dir).as_posix(), " ".join(file.urls), reason])
+    print(f"Files missing: {len(failures)}, listed in {path}. Run again to try them again.")
 
 
 @contextlib.contextmanager
-def only_download_into(data_dir: Path):
-    """Keep other downloads out of the directory; clear what a killed one left half-written."""
+def only_download_into(data_dir: Path) -> Iterator[None]:
+    """Keep other downloads out of the directory, and clear away what a killed one left half-written."""
     try:
         with FileLock(data_dir / ".download.lock", timeout=0):
             for pattern in ("spectra/*/.*.partial.fits", "images/*/.*.partial.jpg", ".download_failures-*.partial.csv"):
@@ -486,19 +446,24 @@ def only_download_into(data_dir: Path):
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     stars = read_stars(args)
-    if args.dry_run:
-        survey = survey_files(stars, args)
-        for file in (*survey.spectra.values(), *survey.cutouts.values(), *survey.waiting.values()):
-            print(f"{' or '.join(file.urls) or 'cutout at the position in its spectrum'} -> {file.path}")
-        print_plan(survey, args)
-        return
-    with only_download_into(args.data_dir):
-        survey = survey_files(stars, args)
-        print_plan(survey, args)
-        (args.data_dir / FAILURES_FILE).unlink(missing_ok=True)  # of an earlier run, no longer true
-        failures = fetch_files(survey, args)
-        complete = report(stars, survey.there, failures, args)
-    sys.exit(0 if complete else 1)
+    with contextlib.nullcontext() if args.dry_run else only_download_into(args.data_dir):
+        there, missing = survey_files(stars, args)
+        cutouts = sum(file.kind == "cutout" for file in missing)
+        print(f"files there: {len(there)}; to fetch: {len(missing) - cutouts} spectra, {cutouts} cutouts")
+        if cutouts > 60 * args.image_rate:
+            print(f"at {args.image_rate:g} cutouts a second that takes {cutouts / args.image_rate / 60:.0f} minutes")
+        if args.dry_run:
+            for file in missing:
+                print(f"{' or '.join(file.urls) or '(cutout at the position in the spectrum)'} -> {file.path}")
+            return
+        (args.data_dir / FAILURES_FILE).unlink(missing_ok=True)  # an earlier run's, true no longer
+        failures = fetch_files(missing, args)
+        there.update({file.path for file in missing} - {file.path for file, _ in failures})
+        print_table(stars, there, args.data_dir)
+        if failures:
+            report_failures(failures, args.data_dir)
+            sys.exit(1)
+    print("All files are there. Next: python train.py" + f" --data-dir {args.data_dir}" * (args.data_dir != Path(".")))
 
 
 if __name__ == "__main__":

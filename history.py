@@ -112,7 +112,7 @@ def plot_confusion_matrix(path: Path, targets: np.ndarray, predictions: np.ndarr
 
 def library_versions() -> dict[str, str]:
     libraries = (torch, torchvision, np, pd, sklearn, astropy, matplotlib)
-    return {"python": platform.python_version()} | {library.__name__: library.__version__ for library in libraries}
+    return {"python": platform.python_version()} | {library.__name__: str(library.__version__) for library in libraries}
 
 
 def git_commit() -> str | None:

@@ -233,4 +233,4 @@ def _torch_load(path: Path) -> Any:
     except FileNotFoundError:
         raise OSError(f"{path}: no such file") from None
     except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise OSError(f"{path}: damaged, or not a file of PyTorch weights") from error
+        raise OSError(f"{path}: damaged, or not a file of PyTorch weights ({type(error).__name__})") from error

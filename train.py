@@ -73,8 +73,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--modality", choices=MODALITIES, default="fusion", help="what the network reads")
     add("--sic-weight", type=_number(0, math.inf, closed=True), default=1.0, help="weight of the contrastive loss")
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")
-    add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate scores; "
-        "all: every star of a directory that took no part in training")  # fmt: skip
+    add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate "
+        "scores; all: every star of a directory that took no part in training")  # fmt: skip
     add("--demo", action="store_true", help=f"{len(CLASS_NAMES) * DEMO_STARS_PER_CLASS} simulated stars, the full "
         f"network from random weights, {DEMO_DEFAULTS['num_epochs']} epochs; all in {DEMO_DIR}/")  # fmt: skip
     args = parser.parse_args(argv)
@@ -163,7 +163,10 @@ def report_usable(stars: list[Star], problems: list[str]) -> None:
     states = [("used" if not p else p if data.is_missing(p) else "damaged") for p in problems]
     table = pd.crosstab([star.subclass for star in stars], states, margins=True, margins_name="all")
     columns = sorted(set(states), key=lambda state: (state != "used", state))
-    print(table[["all", *columns]].rename(columns={"all": "listed"}).rename_axis("class").to_string(), "\n")
+    print(
+        table[["all", *columns]].rename(columns={"all": "listed"}).rename_axis(index=None, columns="class").to_string(),
+        end="\n\n",
+    )
     damaged = [problem for problem, state in zip(problems, states, strict=True) if state == "damaged"]
     for problem in damaged[:10]:
         print(f"set aside: {problem}")
@@ -383,15 +386,21 @@ def fit(
 # A run
 
 
-def begin_record(args: argparse.Namespace, training_id: str, device: torch.device, prepared: PreparedStars) -> dict:
+def begin_record(
+    args: argparse.Namespace,
+    training_id: str,
+    engine: Engine,
+    prepared: PreparedStars,
+    splits: dict[str, np.ndarray],
+) -> dict:
     """A run's record in training_history.json, before its first epoch: every option, and what they came to."""
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     config = {
         "training_id": training_id,
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
         **options,
-        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "precision": choose_precision(args.precision, device),
+        "device": "cpu" if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device),
+        "precision": engine.precision,
         "spec_length": data.SPECTRUM_LENGTH,
         "image_size": data.IMAGE_SIZE,
         "num_classes": len(CLASS_NAMES),
@@ -404,6 +413,10 @@ def begin_record(args: argparse.Namespace, training_id: str, device: torch.devic
         "spectra_dir": str(args.data_dir / "spectra"),
         "stars": data.describe(prepared.stars),
         "simulated_stars": sum(star.simulated for star in prepared.stars),
+        "stars_by_class_and_split": {
+            part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
+            for part, indices in splits.items()
+        },
         "versions": history.library_versions(),
         "git_commit": history.git_commit(),
     }
@@ -444,68 +457,63 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     )
 
 
-def train(args: argparse.Namespace, training_id: str) -> None:
-    """A whole run: read, split, train, evaluate the best checkpoint, record, plot."""
+def train(args: argparse.Namespace) -> None:
+    """A whole run: read, split, train; then evaluate the best checkpoint, record, plot."""
     device = choose_device(args.device)
     torch.manual_seed(args.random_seed)
     torch.backends.cudnn.benchmark = True
     prepared, damaged = read_stars(args.data_dir, args.modality, args.num_workers)
     splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
-    record = begin_record(args, training_id, device, prepared)
-    config, final = record["config"], record["final_metrics"]
-    config["set_aside"] = damaged
-    config["stars_by_class_and_split"] = {
-        part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
-        for part, indices in splits.items()
-    }
     weights = None if args.image_weights == "none" or args.modality == "spectrum" else args.image_weights
     model = FusionModel(
         num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
     ).to(device, memory_format=torch.channels_last)
-    engine = Engine(model, device, config["precision"], args.sic_weight)
-    print(f"\n{config['model_architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on "
-          f"{config['device']} in {config['precision']}; {config['stars']}: {len(splits['train'])} to train, "
-          f"{len(splits['validation'])} to validate, {len(splits['test'])} to test\n")  # fmt: skip
+    engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight)
 
-    checkpoint_path = args.output_dir / "checkpoints" / f"best_model_{training_id}.pth"
-    started = time.perf_counter()
-    fit(engine, prepared, splits, record, checkpoint_path)
-    record["total_training_time_seconds"] = round(time.perf_counter() - started, 1)
+    with history.claim_training_id(args.output_dir) as training_id:
+        record = begin_record(args, training_id, engine, prepared, splits)
+        config = record["config"]
+        config["set_aside"] = damaged
+        print(f"\n{config['model_architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+              f"on {config['device']} in {engine.precision}; {config['stars']}: {len(splits['train'])} to train, "
+              f"{len(splits['validation'])} to validate, {len(splits['test'])} to test\n")  # fmt: skip
+        checkpoint_path = args.output_dir / "checkpoints" / f"best_model_{training_id}.pth"
+        started = time.perf_counter()
+        fit(engine, prepared, splits, record, checkpoint_path)
+        record["total_training_time_seconds"] = round(time.perf_counter() - started, 1)
+        best, _ = load_checkpoint(checkpoint_path)
+        engine = engine._replace(model=best.to(device, memory_format=torch.channels_last))
+        files = conclude(engine, prepared, splits, record, args.output_dir)
+        print(f"\ntrained in {record['total_training_time_seconds']:.0f} s. Open these:")
+        for file in [*files, checkpoint_path]:
+            print(f"  {file}")
 
-    best, _ = load_checkpoint(checkpoint_path)
-    engine = engine._replace(model=best.to(device, memory_format=torch.channels_last))
-    evaluations = {}
+
+def conclude(
+    engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], record: dict, output_dir: Path
+) -> list[Path]:
+    """Evaluate the best checkpoint, append the run to the history, draw its plots; returns the files written."""
+    final, training_id = record["final_metrics"], record["config"]["training_id"]
+    plots = output_dir / "plots"
+    files = [output_dir / "training_history.json", plots / f"training_plot_{training_id}.png"]
     for part, key in (("validation", "val"), ("test", "test")):
-        if len(splits[part]):
-            evaluations[part] = evaluate(engine, make_loader(prepared, splits[part], args.batch_size))
-            scores = evaluations[part].scores()
-            final[f"final_{key}_accuracy"] = scores["accuracy"]
-            for name in ("precision", "recall", "f1"):
-                final[f"final_{key}_{name}_weighted"] = scores[name]
-            final[f"final_{key}_within_one_subclass"] = scores["within_one_subclass"]
-    record["classification_report"] = evaluations["validation"].report()
-    if "test" in evaluations:
-        record["test_classification_report"] = evaluations["test"].report()
-
-    plots = args.output_dir / "plots"
-    files = [args.output_dir / "training_history.json", plots / f"training_plot_{training_id}.png"]
+        if not len(splits[part]):
+            continue
+        evaluation = evaluate(engine, make_loader(prepared, splits[part], record["config"]["batch_size"]))
+        scores, report = evaluation.scores(), evaluation.report()
+        final[f"final_{key}_accuracy"] = scores["accuracy"]
+        for name in ("precision", "recall", "f1"):
+            final[f"final_{key}_{name}_weighted"] = scores[name]
+        final[f"final_{key}_within_one_subclass"] = scores["within_one_subclass"]
+        record["classification_report" if part == "validation" else "test_classification_report"] = report
+        stars = f"{len(splits[part])} {part} stars of {record['config']['stars']}"
+        print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {stars}:\n\n{report}")
+        print(f"within ± 1 subclass: {scores['within_one_subclass']:.3f}")
+        files.append(plots / f"confusion_matrix_{training_id}{'' if part == 'validation' else '_test'}.png")
+        history.plot_confusion_matrix(files[-1], evaluation.targets, evaluation.predictions, stars)
     history.append_to_history(files[0], record)
     history.plot_training(files[1], record)
-    for part, evaluation in evaluations.items():
-        suffix = "" if part == "validation" else f"_{part}"
-        files.append(plots / f"confusion_matrix_{training_id}{suffix}.png")
-        history.plot_confusion_matrix(
-            files[-1],
-            evaluation.targets,
-            evaluation.predictions,
-            f"{len(splits[part])} {part} stars of {config['stars']}",
-        )
-        print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {part} stars, of {config['stars']}:\n")
-        print(evaluation.report())
-        print(f"within ± 1 subclass: {evaluation.scores()['within_one_subclass']:.3f}")
-    print(f"\ntrained in {record['total_training_time_seconds']:.0f} s. Open these:")
-    for file in [*files, checkpoint_path]:
-        print(f"  {file}")
+    return files
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -515,8 +523,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.demo and not args.data_dir.exists():
         simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
-    with history.claim_training_id(args.output_dir) as training_id:
-        train(args, training_id)
+    train(args)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,11 @@ def test_full_size_network_has_the_papers_layers_and_takes_a_training_step():
 def test_parameter_names_are_the_authors():
     names = set(FusionModel(image_backbone="resnet18").state_dict())
     # Children of torchvision's ResNet, by place: 0 conv1, 1 bn1, 4…7 the four stages.
-    expected = {"image_encoder.model.0.weight", "image_encoder.model.4.0.conv1.weight", "image_encoder.model.7.1.bn2.bias"}
+    expected = {
+        "image_encoder.model.0.weight",
+        "image_encoder.model.4.0.conv1.weight",
+        "image_encoder.model.7.1.bn2.bias",
+    }
     expected |= {f"image_encoder.fc.{kind}" for kind in ("weight", "bias")}
     expected |= {f"spec_encoder.{layer}.{kind}" for layer in ("conv1", "conv5", "fc") for kind in ("weight", "bias")}
     assert expected <= names
@@ -230,4 +234,9 @@ def test_checkpoint_holds_all_that_rebuilds_the_network(tmp_path):
     assert checkpoint["epoch"] == 3
     assert torch.equal(again.eval()(specs, None)[1], model(specs, None)[1])
     # Plain PyTorch reads it without executing anything.
-    assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {"format", "model_arguments", "model_state", "epoch"}
+    assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {
+        "format",
+        "model_arguments",
+        "model_state",
+        "epoch",
+    }

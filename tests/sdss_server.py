@@ -1,0 +1,278 @@
+"""A local HTTP server that behaves like SDSS's two, the archive of spectra and the cutout service.
+
+It serves real FITS and JPEG bytes under SDSS's own paths, records what it is asked, and fails as it
+is told to: `server.fail("spec-0269", status(503), status(503))` spoils the next two answers to
+requests whose address contains that text; `server.script` decides about every request.
+"""
+
+import contextlib
+import io
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+from astropy.io import fits
+from PIL import Image
+
+from data import Star
+
+SAS = "/sas/dr16"
+SKYSERVER = "/dr16/SkyServerWS"
+
+
+# SDSS's files
+
+
+def make_spectrum_bytes(
+    star: Star, ra: float = 150.0, dec: float = 1.0, pixels: int = 3840, extensions: int = 3
+) -> bytes:
+    """A FITS file laid out as SDSS's lite ones; `extensions` > 3 adds exposures, as in the full ones."""
+    pixels = 3840
+    random = np.random.default_rng(star.plate * 1000 + star.fiberID)
+    loglam = (np.arange(pixels) + 35_800) * 1e-4
+    flux = 10 + loglam + random.normal(0, 0.5, pixels)
+    columns = [
+        fits.Column("flux", "E", array=flux),
+        fits.Column("loglam", "E", array=loglam),
+        fits.Column("ivar", "E", array=np.full(pixels, 4.0)),
+        fits.Column("and_mask", "J", array=np.zeros(pixels)),
+        fits.Column("or_mask", "J", array=np.zeros(pixels)),
+        fits.Column("wdisp", "E", array=np.ones(pixels)),
+        fits.Column("sky", "E", array=random.normal(3, 0.1, pixels)),
+        fits.Column("model", "E", array=10 + loglam),
+    ]
+    primary = fits.PrimaryHDU()
+    position = {"RA": 151.5, "DEC": 0.0, "PLUG_RA": star.ra, "PLUG_DEC": star.dec}  # RA, DEC: the plate's centre
+    primary.header.update({"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID, **position})
+    coadd = fits.BinTableHDU.from_columns(columns, name="COADD")
+    row = [fits.Column("CLASS", "4A", array=["STAR"]), fits.Column("SUBCLASS", "2A", array=[star.subclass])]
+    others = [fits.BinTableHDU.from_columns(row) for _ in range(extensions - 1)]
+    content = io.BytesIO()
+    fits.HDUList([primary, coadd, *others]).writeto(content)
+    return content.getvalue()
+
+
+def make_cutout_bytes(ra: float, dec: float, size: int = 128) -> bytes:
+    """A JPEG of a star on a dark, noisy sky, another one at every position."""
+    random = np.random.default_rng([int(ra * 1e6), int(abs(dec) * 1e6)])
+    y, x = np.mgrid[:size, :size] - size / 2
+    star = 200 * np.exp(-(x**2 + y**2) / (size / 16) ** 2)[..., None]
+    return _jpeg(Image.fromarray((star + random.uniform(8, 30, (size, size, 3))).astype(np.uint8)))
+
+
+def make_black_tile(size: int = 128) -> bytes:
+    return _jpeg(Image.new("RGB", (size, size)))
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=90)
+    return content.getvalue()
+
+
+# Answers, and how they are spoilt
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    cut_at: int | None = None  # the connection breaks here, whatever Content-Length says
+    pause: float = 0.0  # seconds between any two bytes
+    hang: float = 0.0  # seconds before anything is sent
+    reset: bool = False  # the connection is reset in place of an answer
+
+
+Fault = Callable[[Answer], Answer]  # makes a spoilt answer of the right one
+
+
+def status(code: int, **headers: str) -> Fault:
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda answer: Answer(code, f"<html><body>Error {code}</body></html>".encode(), fields)
+
+
+def other_body(body: bytes) -> Fault:
+    return lambda answer: Answer(body=body)
+
+
+def truncated(answer: Answer) -> Answer:
+    """Fewer bytes than Content-Length promises."""
+    return Answer(body=answer.body, cut_at=len(answer.body) // 2)
+
+
+def short(answer: Answer) -> Answer:
+    """A body cut short under a Content-Length that agrees with it."""
+    return Answer(body=answer.body[: len(answer.body) // 2])
+
+
+def reset(answer: Answer) -> Answer:
+    return Answer(reset=True)
+
+
+def hang(seconds: float) -> Fault:
+    return lambda answer: Answer(body=answer.body, hang=seconds)
+
+
+def trickle(pause: float) -> Fault:
+    return lambda answer: Answer(body=answer.body, pause=pause)
+
+
+# The server
+
+
+class Request(NamedTuple):
+    time: float
+    path: str  # with the query
+    connection: int
+    headers: dict[str, str]
+
+
+class SdssServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.footprint: dict[tuple[str, str], tuple[float, float]] = {}
+        self.requests: list[Request] = []
+        self.connections = self.open_connections = self.most_open_connections = 0
+        self.script: Callable[[str, int], Fault | None] = lambda path, attempt: None
+        self.delay = 0.0
+        self.closing = threading.Event()
+        self._faults: list[tuple[str, list[Fault]]] = []
+        self._attempts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def sas_url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}{SAS}"
+
+    @property
+    def skyserver_url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}{SKYSERVER}"
+
+    @property
+    def paths(self) -> list[str]:
+        return [request.path for request in self.requests]
+
+    def add(self, star: Star, run2d: str = "26") -> None:
+        """Serve a star's spectrum, lite and full, under `run2d`, and the cutout at its position."""
+        name = f"{star.plate:04d}/spec-{star.plate:04d}-{star.mjd:05d}-{star.fiberID:04d}.fits"
+        if run2d.startswith("v5_"):
+            lite, full = (f"{SAS}/eboss/spectro/redux/{run2d}/spectra/{kind}/{name}" for kind in ("lite", "full"))
+        else:
+            lite, full = (f"{SAS}/sdss/spectro/redux/{run2d}/spectra/{kind}{name}" for kind in ("lite/", ""))
+        self.files[lite] = make_spectrum_bytes(star)
+        self.files[full] = make_spectrum_bytes(star, extensions=6)
+        self.footprint[f"{star.ra:.5f}", f"{star.dec:.5f}"] = star.ra, star.dec
+
+    def fail(self, part_of_path: str, *faults: Fault) -> None:
+        self._faults.append((part_of_path, list(faults)))
+
+    def count(self, part_of_path: str) -> int:
+        return sum(part_of_path in path for path in self.paths)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that is killed breaks its connections; that is what some tests are about."""
+
+    def answer(self, path: str) -> Answer:
+        with self._lock:
+            attempt, self._attempts[path] = self._attempts[path], self._attempts[path] + 1
+            fault = self.script(path, attempt)
+            for part, faults in self._faults:
+                if part in path and faults:
+                    fault = faults.pop(0)
+                    break
+        right = self._right_answer(path)
+        return fault(right) if fault else right
+
+    def _right_answer(self, path: str) -> Answer:
+        parts = urlsplit(path)
+        if parts.path in self.files:
+            return Answer(body=self.files[parts.path], headers={"Content-Type": "application/fits"})
+        if parts.path == f"{SKYSERVER}/ImgCutout/getjpeg":
+            query = parse_qs(parts.query)
+            position = self.footprint.get(tuple(f"{float(query[name][0]):.5f}" for name in ("ra", "dec")))
+            if position:
+                size = min(max(int(query["width"][0]), 64), 2048)
+                return Answer(body=make_cutout_bytes(*position, size), headers={"Content-Type": "image/jpeg"})
+        return Answer(404, b"<html><body>Not Found</body></html>", {"Content-Type": "text/html"})
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: SdssServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def setup(self) -> None:
+        super().setup()
+        server = self.server
+        with server._lock:
+            server.connections += 1
+            server.open_connections += 1
+            server.most_open_connections = max(server.most_open_connections, server.open_connections)
+            self.connection_number = server.connections
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            super().finish()
+        with self.server._lock:
+            self.server.open_connections -= 1
+
+    def do_GET(self) -> None:
+        now = time.monotonic()
+        with self.server._lock:
+            self.server.requests.append(Request(now, self.path, self.connection_number, dict(self.headers)))
+        answer = self.server.answer(self.path)
+        self.server.closing.wait(answer.hang + self.server.delay)
+        try:
+            self.send(answer)
+        except OSError:  # the client has gone
+            self.close_connection = True
+
+    def send(self, answer: Answer) -> None:
+        if answer.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        body = answer.body[: answer.cut_at]
+        piece = 1 if answer.pause else len(body)
+        for start in range(0, len(body), piece or 1):
+            self.wfile.write(body[start : start + piece])
+            self.wfile.flush()
+            if self.server.closing.wait(answer.pause):
+                break
+        if answer.cut_at is not None:
+            self.close_connection = True
+
+    def log_message(self, *args: object) -> None:
+        """Keep the tests' output clean."""
+
+
+@contextlib.contextmanager
+def running_server() -> Iterator[SdssServer]:
+    server = SdssServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()

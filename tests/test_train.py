@@ -1,0 +1,364 @@
+"""train.py as a user starts it, on simulated stars; a small ResNet keeps it quick (the full one: test_model.py)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+from data import DataError, Star
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--image-backbone", "resnet18", "--image-weights", "none", "--batch-size", "16", "--num-workers", "2")
+PER_CLASS = 12
+
+
+def python(script: str, *arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def run_training(data_dir: Path, output_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    done = python("train.py", "--data-dir", data_dir, "--output-dir", output_dir, *SMALL, *options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def read_history(output_dir: Path) -> list[dict]:
+    return json.loads((output_dir / "training_history.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def stars_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("simulated") / "stars"
+    done = python("simulate_sdss_data.py", directory, "--per-class", PER_CLASS, "--seed", 7)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture
+def own_stars_dir(stars_dir, tmp_path) -> Path:
+    """A copy of the stars that a test may spoil."""
+    return shutil.copytree(stars_dir, tmp_path / "stars")
+
+
+@pytest.fixture(scope="session")
+def finished(stars_dir, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The output directory of two runs with the same seed, and what the first one printed."""
+    output_dir = tmp_path_factory.mktemp("output")
+    first, _ = (run_training(stars_dir, output_dir, "--epochs", 2, "--test-split", 0.2) for _ in range(2))
+    return output_dir, first
+
+
+# A run and what it leaves
+
+
+def test_history_has_the_keys_of_the_earlier_reproduction(finished):
+    record = read_history(finished[0])[0]
+    assert set(record) >= {
+        "config",
+        "epoch_metrics",
+        "final_metrics",
+        "classification_report",
+        "total_training_time_seconds",
+    }
+    assert set(record["config"]) >= {
+        "training_id", "timestamp", "num_epochs", "batch_size", "learning_rate", "validation_split", "random_seed",
+        "spec_length", "device", "num_classes", "class_names", "model_architecture", "optimizer", "csv_file",
+        "image_dir", "spectra_dir", "versions", "git_commit", "stars_by_class_and_split", "simulated_stars",
+    }  # fmt: skip
+    names = {"train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1"}
+    assert set(record["epoch_metrics"]) == names
+    assert all(len(values) == 2 and np.isfinite(values).all() for values in record["epoch_metrics"].values())
+    final, best = record["final_metrics"], record["final_metrics"]["best_epoch"] - 1
+    assert final["final_val_f1_weighted"] == pytest.approx(record["epoch_metrics"]["val_f1"][best], abs=1e-9)
+    assert record["epoch_metrics"]["val_f1"][best] == max(record["epoch_metrics"]["val_f1"])
+    assert {"final_val_accuracy", "final_val_precision_weighted", "final_val_recall_weighted"} <= set(final)
+    assert 0 <= final["final_val_within_one_subclass"] <= 1 and "final_test_f1_weighted" in final
+    assert "M4" in record["classification_report"] and record["total_training_time_seconds"] > 0
+
+
+def test_history_counts_every_star_and_says_that_they_are_simulated(finished):
+    config = read_history(finished[0])[0]["config"]
+    assert sum(sum(counts.values()) for counts in config["stars_by_class_and_split"].values()) == 5 * PER_CLASS
+    assert config["stars_by_class_and_split"]["test"]["M2"] in (2, 3)
+    assert config["simulated_stars"] == 5 * PER_CLASS and config["stars"] == f"{5 * PER_CLASS} SIMULATED stars"
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_the_same_seed_gives_the_same_history(finished):
+    first, second = read_history(finished[0])
+    assert first["epoch_metrics"] == second["epoch_metrics"] and first["final_metrics"] == second["final_metrics"]
+    assert first["config"]["training_id"] != second["config"]["training_id"]
+
+
+def test_terminal_tells_stars_epochs_scores_and_files(finished):
+    output_dir, done = finished
+    lines = done.stdout.splitlines()
+    assert any(line.split() == ["M0", str(PER_CLASS), str(PER_CLASS)] for line in lines)
+    assert sum("val loss" in line and "F1" in line for line in lines) == 2
+    assert "SIMULATED" in done.stdout and "weighted avg" in done.stdout and "Traceback" not in done.stderr
+    files = [Path(line.strip()) for line in lines[lines.index(next(x for x in lines if "Open these" in x)) + 1 :]]
+    assert len(files) == 5 and all(file.is_file() and file.is_relative_to(output_dir) for file in files)
+
+
+def test_plots_are_pictures(finished):
+    plots = sorted((finished[0] / "plots").glob("*.png"))
+    assert [path.name.rsplit("_", 2)[0] for path in plots].count("training_plot") == 2
+    for path in plots:
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert pixels.shape[0] > 400 and pixels.std() > 10
+
+
+def test_checkpoint_is_scored_alone_as_it_was_in_its_run(finished, stars_dir):
+    record = read_history(finished[0])[0]
+    path = finished[0] / "checkpoints" / f"best_model_{record['config']['training_id']}.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["config"]["class_names"] == list(data.CLASS_NAMES)
+    parts = checkpoint["splits"]
+    assert not set(parts["train"]) & set(parts["validation"]) and not set(parts["train"]) & set(parts["test"])
+    for split, key in (("validation", "val"), ("test", "test")):
+        done = python("train.py", "--evaluate", path, "--data-dir", stars_dir, "--split", split)
+        assert done.returncode == 0, done.stderr
+        assert record["classification_report" if key == "val" else "test_classification_report"] in done.stdout
+        assert f"f1 {record['final_metrics'][f'final_{key}_f1_weighted']:.3f}" in done.stdout
+    done = python("train.py", "--evaluate", path, "--data-dir", stars_dir, "--split", "all")
+    assert "the score flatters it" in done.stdout and f"on {5 * PER_CLASS} SIMULATED stars" in done.stdout
+
+
+def test_one_modality_needs_only_its_files_and_learns(own_stars_dir, tmp_path):
+    """Far above guessing (F1 of one class for all: 0.07) in a few epochs, from spectra alone."""
+    shutil.rmtree(own_stars_dir / "images")
+    run_training(own_stars_dir, tmp_path, "--modality", "spectrum", "--epochs", 14, "--validation-split", 0.4)
+    metrics = read_history(tmp_path)[0]["final_metrics"]
+    assert metrics["final_val_f1_weighted"] > 0.4 and metrics["final_val_within_one_subclass"] > 0.7
+
+
+def test_image_modality_runs_without_spectra(own_stars_dir, tmp_path):
+    shutil.rmtree(own_stars_dir / "spectra")
+    run_training(own_stars_dir, tmp_path, "--modality", "image", "--epochs", 1)
+    assert read_history(tmp_path)[0]["config"]["modality"] == "image"
+
+
+def test_two_runs_in_one_second_are_both_recorded(stars_dir, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--data-dir",
+        str(stars_dir),
+        "--output-dir",
+        str(tmp_path),
+        *SMALL,
+    ]
+    runs = [
+        subprocess.Popen([*command, "--modality", "spectrum", "--epochs", "1"], stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    assert [run.wait() for run in runs] == [0, 0]
+    identifiers = {record["config"]["training_id"] for record in read_history(tmp_path)}
+    assert len(identifiers) == 2
+    assert {path.stem for path in (tmp_path / "checkpoints").glob("*.pth")} == {f"best_model_{i}" for i in identifiers}
+
+
+# Stars that are missing or damaged
+
+
+def test_missing_and_damaged_stars_are_counted_named_and_set_aside(own_stars_dir, tmp_path):
+    stars, _ = data.read_catalog(own_stars_dir / "objects.csv")
+    by_class = {name: [star for star in stars if star.subclass == name] for name in data.CLASS_NAMES}
+    data.spectrum_path(own_stars_dir, by_class["M0"][0]).unlink()
+    data.cutout_path(own_stars_dir, by_class["M1"][0]).unlink()
+    broken = data.spectrum_path(own_stars_dir, by_class["M2"][0])
+    broken.write_bytes(broken.read_bytes()[:50_000])
+    torn = data.cutout_path(own_stars_dir, by_class["M3"][0])
+    torn.write_bytes(torn.read_bytes()[:1500])
+    shutil.copy(
+        data.spectrum_path(own_stars_dir, by_class["M4"][1]), data.spectrum_path(own_stars_dir, by_class["M4"][0])
+    )
+    done = run_training(own_stars_dir, tmp_path, "--epochs", 1)
+    lines = done.stdout.partition("\n\n")[0].splitlines()
+    table = {line.split()[0]: line.split()[1:] for line in lines}
+    assert table["all"] == ["60", "55", "3", "1", "1"]  # listed, used, damaged, no image, no spectrum
+    assert table["M2"] == ["12", "11", "1", "0", "0"] and table["M0"] == ["12", "11", "0", "0", "1"]
+    set_aside = read_history(tmp_path)[0]["config"]["set_aside"]
+    for path, reason in ((broken, "truncated"), (torn, "JPEG"), (by_class["M4"][0].spectrum_id, "another star")):
+        assert sum(str(path) in line and reason in line for line in set_aside) == 1
+        assert any(str(path) in line for line in done.stdout.splitlines())
+
+
+# Bad input: one clear line, exit status 1 or 2, nothing written
+
+
+def keep_one_star_of(stars_dir: Path, subclass: str) -> None:
+    for path in sorted((stars_dir / "spectra" / subclass).iterdir())[1:]:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, options, message",
+    [
+        (lambda d: (d / "objects.csv").unlink(), (), "objects.csv: no such file"),
+        (lambda d: (d / "objects.csv").write_text("name,plate\n"), (), "column subclass, mjd, fiberID is missing"),
+        (lambda d: shutil.rmtree(d / "spectra"), (), "python download_sdss_data.py --data-dir"),
+        (lambda d: keep_one_star_of(d, "M3"), (), "class M3 has 1 usable star"),
+        (lambda d: None, ("--validation-split", "0.02"), "cannot be split"),
+        (lambda d: None, ("--device", "cuda"), "--device cuda"),
+        (lambda d: None, ("--image-weights", "absent.pth"), "absent.pth: no such file"),
+        (lambda d: None, ("--image-weights", "imagenet"), "--image-weights none"),
+        (lambda d: None, ("--epochs", "0"), "argument --epochs"),
+        (lambda d: None, ("--learning-rate", "-1"), "argument --learning-rate"),
+        (lambda d: None, ("--learning-rate", "nan"), "argument --learning-rate"),
+        (lambda d: None, ("--validation-split", "1.5"), "argument --validation-split"),
+        (lambda d: None, ("--validation-split", "0.6", "--test-split", "0.5"), "leave no star to train on"),
+        (lambda d: None, ("--modality", "both"), "argument --modality"),
+        (lambda d: None, ("--evaluate", "absent.pth"), "absent.pth: no such file"),
+    ],
+)
+def test_bad_input_gets_one_line(own_stars_dir, tmp_path, spoil, options, message):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    spoil(own_stars_dir)
+    done = python(
+        "train.py", "--data-dir", own_stars_dir, "--output-dir", tmp_path / "out", *SMALL, *options,
+        TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode in (1, 2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: error: ") and message in last and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_programs_checkpoints_are_refused(finished, stars_dir, tmp_path):
+    whole = next((finished[0] / "checkpoints").glob("*.pth")).read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pth").write_text("not weights")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save(Path("."), tmp_path / "pickle.pth")  # would execute code if it were unpickled
+    for name, message in (("cut", "damaged"), ("text", "damaged"), ("other", "of this program"), ("pickle", "damaged")):
+        done = python("train.py", "--evaluate", tmp_path / f"{name}.pth", "--data-dir", stars_dir)
+        assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+        assert f"{name}.pth" in done.stderr and message in done.stderr
+
+
+def test_a_damaged_history_is_kept_under_another_name(stars_dir, tmp_path):
+    history = tmp_path / "training_history.json"
+    history.write_text('[{"config": {"training_id": "2025', encoding="utf-8")
+    done = run_training(stars_dir, tmp_path, "--modality", "spectrum", "--epochs", 1)
+    kept = list(tmp_path.glob("training_history.damaged-*.json"))
+    assert len(kept) == 1 and kept[0].read_text(encoding="utf-8") == '[{"config": {"training_id": "2025'
+    assert kept[0].name in done.stderr and len(read_history(tmp_path)) == 1
+
+
+def test_help_shows_defaults_and_examples():
+    done = python("train.py", "--help")
+    assert done.returncode == 0
+    for text in ("--sic-weight", "(default: 1.0)", "(default: 20)", "python train.py --demo"):
+        assert text in done.stdout
+
+
+# The split
+
+
+def many_stars(per_class: int = 40) -> train.PreparedStars:
+    rng = np.random.default_rng(0)
+    stars = [
+        Star(f"{name}-{i}", name, 1 + k, 52000, 1 + i, float(rng.uniform(0, 360)), float(rng.uniform(-60, 60)))
+        for k, name in enumerate(data.CLASS_NAMES)
+        for i in range(per_class)
+    ]
+    return train.PreparedStars(stars, None, None, torch.tensor([data.CLASS_NAMES.index(s.subclass) for s in stars]))
+
+
+def test_split_is_stratified_complete_and_reproducible():
+    prepared = many_stars()
+    splits = train.split_stars(prepared, 0.2, 0.1, seed=1)
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(200))
+    for part, size in (("train", 28), ("validation", 8), ("test", 4)):
+        assert np.bincount(prepared.targets[splits[part]]).tolist() == [size] * 5
+    again, other = (train.split_stars(prepared, 0.2, 0.1, seed=seed) for seed in (1, 2))
+    assert all(np.array_equal(splits[part], again[part]) for part in splits)
+    assert not np.array_equal(splits["validation"], other["validation"])
+
+
+def test_no_star_stands_in_two_parts():
+    """Each star observed up to four times: all its rows go to one part, whatever the seed."""
+    prepared = many_stars()
+    rng = np.random.default_rng(1)
+    stars = [
+        star._replace(
+            name=f"{star.name}, visit {visit}", mjd=star.mjd + visit, dec=star.dec + rng.uniform(-0.9, 0.9) / 3600
+        )
+        for star in prepared.stars
+        for visit in range(rng.integers(1, 5))
+    ]
+    prepared = train.PreparedStars(stars, None, None, torch.tensor([data.CLASS_NAMES.index(s.subclass) for s in stars]))
+    for seed in range(5):
+        splits = train.split_stars(prepared, 0.25, 0.1, seed)
+        names = {part: {stars[i].name.split(",")[0] for i in indices} for part, indices in splits.items()}
+        assert (
+            not names["train"] & names["validation"]
+            | names["train"] & names["test"]
+            | names["validation"] & names["test"]
+        )
+        assert sum(map(len, splits.values())) == len(stars)
+
+
+def test_a_split_that_cannot_be_made_is_refused():
+    prepared = many_stars(2)
+    with pytest.raises(DataError, match="cannot be split"):
+        train.split_stars(prepared, 0.2, 0.0, seed=0)
+    with pytest.raises(DataError, match="every class needs at least 3"):
+        train.split_stars(prepared, 0.5, 0.2, seed=0)
+
+
+# Figures
+
+
+def test_scores_are_weighted_by_class_frequency():
+    targets, predictions = np.array([0, 0, 0, 1, 1, 4]), np.array([0, 0, 1, 1, 2, 0])
+    scores = train.Evaluation(0.0, targets, np.eye(5)[predictions]).scores()
+    precision = {0: 2 / 3, 1: 1 / 2, 4: 0.0}
+    recall = {0: 2 / 3, 1: 1 / 2, 4: 0.0}
+    frequency = {0: 3 / 6, 1: 2 / 6, 4: 1 / 6}
+    assert scores["accuracy"] == pytest.approx(3 / 6)
+    assert scores["precision"] == pytest.approx(sum(frequency[k] * precision[k] for k in frequency))
+    assert scores["recall"] == pytest.approx(sum(frequency[k] * recall[k] for k in frequency))
+    assert scores["f1"] == pytest.approx(sum(frequency[k] * precision[k] for k in frequency))  # precision = recall here
+    assert scores["within_one_subclass"] == pytest.approx(5 / 6)
+
+
+def test_loss_is_averaged_over_stars_not_batches():
+    torch.manual_seed(0)
+    model = train.FusionModel(modality="spectrum", num_layers=1)
+    prepared = many_stars(5)._replace(spectra=torch.rand(25, data.SPECTRUM_LENGTH))
+    engine = train.Engine(model, torch.device("cpu"), "fp32", sic_weight=1.0)
+    losses = [train.evaluate(engine, train.make_loader(prepared, np.arange(25), size)).loss for size in (25, 8)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_images_are_normalised_as_imagenet():
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    images[0, 1] = 255
+    normalised = train.normalise_images(images)
+    assert normalised[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229)
+    assert normalised[0, 1, 0, 0].item() == pytest.approx((1 - 0.456) / 0.224)
+
+
+def test_learning_rate_warms_up_then_falls_to_zero():
+    model = train.FusionModel(modality="spectrum", num_layers=1)
+    optimizer, scheduler = train.make_optimizer(model, 1e-4, epochs=10, steps_per_epoch=5)
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:10] == pytest.approx([1e-5 * (step + 1) for step in range(10)])
+    assert max(rates) == pytest.approx(1e-4) and rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-6
