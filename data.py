@@ -14,13 +14,14 @@ PLATE4/spec.html; specObjID, https://www.sdss.org/dr16/help/glossary/#specobj; t
 (4000–9000 Å, 3522 values) and the image size (128×128) are the paper's.
 """
 
+import argparse
 import contextlib
 import csv
 import io
 import os
 import re
 import sys
-import tempfile
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ MIN_GOOD_FRACTION = 0.5  # a spectrum with fewer good pixels in the window is no
 SCALED_FLUX_RANGE = (-1.0, 6.0)
 
 IMAGE_SIZE = 128  # pixels a side
+CUTOUT_SCALE = 0.2  # arcsec a pixel of a cutout: a field of 25.6″
 MAX_BLACK_FRACTION = 0.5  # a cutout from outside the footprint is black
 
 # No file of one star comes near these: a full BOSS spectrum has 3.2 MB, a 2048-pixel cutout 2 MB.
@@ -90,6 +92,27 @@ def run_as_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def number_between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a whole number or a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
+
+    return number
+
+
+class ScriptHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with every default, and the examples as they are written."""
+
+
+def partial_path(path: Path) -> Path:
+    """A name of its own beside `path`, for what is to become `path` when it is whole."""
+    return path.with_name(f".{path.stem}-{uuid.uuid4().hex}.partial{path.suffix}")
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block succeeds, what was written there becomes `path`.
@@ -98,17 +121,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
     the whole new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=f".partial{path.suffix}")
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = partial_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; results follow the user's umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

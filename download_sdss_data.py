@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlencode, urlsplit
@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 import data
-from data import CLASS_NAMES, DataError, Spectrum, Star
+from data import CLASS_NAMES, CUTOUT_SCALE, DataError, Spectrum, Star
 
 SAS_URL = "https://data.sdss.org/sas/dr16"
 SKYSERVER_URL = "https://skyserver.sdss.org/dr16/SkyServerWS"
@@ -47,7 +47,6 @@ BOSS_RUN2D = "v5_13_0"
 FIRST_BOSS_PLATE = 3523
 
 MIN_CUTOUT_SIZE = 64  # the service clips smaller ones in silence, like those above data.MAX_CUTOUT_SIZE
-CUTOUT_SCALE = 0.2  # arcsec a pixel: 128 pixels are 25.6 arcsec
 
 HEADERS = {
     "User-Agent": f"m-star-classification/1.0 ({requests.utils.default_user_agent()})",
@@ -69,19 +68,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         usage="%(prog)s [--data-dir DIR] [options]",
         description=title,
         epilog=f"examples:\n{examples}\n\nA valid file that is there is kept, whatever options it was fetched with.",
-        formatter_class=type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
+        formatter_class=data.ScriptHelp,
     )
     add = parser.add_argument
-    size, positive = _number(int, MIN_CUTOUT_SIZE, data.MAX_CUTOUT_SIZE), _number(float, 1e-3, 1e3)
+    size, positive = (
+        data.number_between(int, MIN_CUTOUT_SIZE, data.MAX_CUTOUT_SIZE),
+        data.number_between(float, 1e-3, 1e3),
+    )
     add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, gets spectra/ and images/")
-    add("--workers", type=_number(int, 1, 64), default=4, metavar="N", help="most connections to each server")
+    add(
+        "--workers",
+        type=data.number_between(int, 1, 64),
+        default=4,
+        metavar="N",
+        help="most connections to each server",
+    )
     add("--image-rate", type=positive, default=1.0, metavar="R", help="most cutouts asked for in a second")
-    add("--limit", type=_number(int, 1, 10**9), metavar="N", help="only the first N stars of the catalogue")
+    add("--limit", type=data.number_between(int, 1, 10**9), metavar="N", help="only the first N stars of the catalogue")
     add("--dry-run", action="store_true", help="print what would be fetched, write nothing")
     add("--full", action="store_true", help="full spectra, with every exposure, in place of lite ones")
     add("--image-size", type=size, default=data.IMAGE_SIZE, metavar="N", help="pixels a side of a cutout")
     add("--image-scale", type=positive, default=CUTOUT_SCALE, metavar="S", help="arcsec a pixel of a cutout")
-    add("--retries", type=_number(int, 0, 100), default=5, metavar="N", help="further attempts after a passing fault")
+    add(
+        "--retries",
+        type=data.number_between(int, 0, 100),
+        default=5,
+        metavar="N",
+        help="further attempts after a passing fault",
+    )
     add("--backoff", type=positive, default=1.0, metavar="S",
         help=f"seconds to the first retry, doubled at each further one up to {LONGEST_WAIT} times this")  # fmt: skip
     add("--timeout", type=positive, default=30.0, metavar="S",
@@ -89,16 +103,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sas-url", type=_http_url, default=SAS_URL, metavar="URL", help="archive of the spectra, or a mirror of it")
     add("--skyserver-url", type=_http_url, default=SKYSERVER_URL, metavar="URL", help="cutout service, or a mirror")
     return parser.parse_args(argv)
-
-
-def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
-
-    return number
 
 
 def _http_url(text: str) -> str:

@@ -22,9 +22,7 @@ import argparse
 import contextlib
 import csv
 import functools
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +35,7 @@ from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 import data
-from data import CLASS_NAMES, IMAGE_SIZE, PIXELS_PER_DEX, DataError, Star
+from data import CLASS_NAMES, CUTOUT_SCALE, IMAGE_SIZE, PIXELS_PER_DEX, DataError, Star
 
 NOTICE = "SIMULATED by simulate_sdss_data.py: not an observation, this star does not exist"
 SPEED_OF_LIGHT = 299_792.458  # km/s
@@ -347,7 +345,6 @@ def damage_pixels(flux: np.ndarray, sigma: np.ndarray, rng: np.random.Generator)
 # The camera
 
 PIXEL_SCALE = 0.396127  # ″, SDSS imaging camera
-CUTOUT_SCALE = 0.2  # ″ a pixel, as download_sdss_data.py asks of the cutout service
 FIELD = 96  # native pixels a side: the cutout's diagonal
 DEPTH = np.array([22.15, 23.13, 22.70, 22.20, 20.71])  # u g r i z of a star of S/N 5 (sdss.org/dr16/imaging/other_info)
 SOFTENING = np.array([1.4, 0.9, 1.2, 1.8, 7.4]) * 1e-10  # b of asinh magnitudes (Lupton et al. 1999)
@@ -449,7 +446,6 @@ def simulate(
 
     Their median S/N a pixel is log-uniform from `min_snr` to `max_snr`; `boss_fraction` of them are BOSS spectra.
     """
-    check_options(per_class, seed, boss_fraction, min_snr, max_snr)
     catalog_seed, *star_seeds = np.random.SeedSequence(seed).spawn(1 + per_class * len(CLASS_NAMES))
     with whole_or_nothing(Path(directory)) as temporary:
         targets = draw_targets(np.random.default_rng(catalog_seed), per_class, boss_fraction, min_snr, max_snr)
@@ -470,28 +466,15 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise DataError(f"{directory}: exists and is not an empty directory; name a new one")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-", suffix=".partial"))
+    temporary = data.partial_path(directory)
+    temporary.mkdir()
     try:
         yield temporary
-        umask = os.umask(0)  # mkdtemp makes directories that only their owner can read
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
         if directory.exists():
             directory.rmdir()
         temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_options(per_class: int, seed: int, boss_fraction: float, min_snr: float, max_snr: float) -> None:
-    for fine, message in (
-        (1 <= per_class <= 20_000, f"{per_class} stars of each class: from 1 to 20000 can be made"),
-        (seed >= 0, f"seed {seed}: a whole number from 0 is needed"),
-        (0 <= boss_fraction <= 1, f"a fraction of {boss_fraction} BOSS spectra: from 0 to 1 is possible"),
-        (1 <= min_snr <= max_snr <= 1000, f"S/N from {min_snr} to {max_snr}: 1 ≤ lowest ≤ highest ≤ 1000 is needed"),
-    ):
-        if not fine:
-            raise DataError(message)
 
 
 def draw_targets(
@@ -589,16 +572,23 @@ def table_hdu(name: str, columns: dict[str, object]) -> fits.BinTableHDU:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    title, examples, *_ = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=title, epilog=f"examples:\n{examples}", formatter_class=data.ScriptHelp
+    )
     add = parser.add_argument
+    snr = data.number_between(float, 1, 1000)
     add("directory", type=Path, metavar="DIR", help="new or empty; gets objects.csv, spectra/ and images/")
-    add("--per-class", type=int, default=80, help="stars of each of M0…M4 (default %(default)s)")
-    add("--seed", type=int, default=1, help="the same seed gives the same files (default %(default)s)")
-    add("--boss-fraction", type=float, help="fraction of BOSS spectra (default %(default)s)")
-    add("--min-snr", type=float, help="lowest median S/N a pixel (default %(default)s)")
-    add("--max-snr", type=float, help="highest median S/N a pixel (default %(default)s)")
+    add("--per-class", type=data.number_between(int, 1, 20_000), default=80, help="stars of each of M0…M4")
+    add("--seed", type=data.number_between(int, 0, 2**32 - 1), default=1, help="the same seed gives the same files")
+    add("--boss-fraction", type=data.number_between(float, 0, 1), help="fraction of BOSS spectra")
+    add("--min-snr", type=snr, help="lowest median S/N a pixel")
+    add("--max-snr", type=snr, help="highest median S/N a pixel")
     parser.set_defaults(**simulate.__kwdefaults__)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.min_snr > args.max_snr:
+        parser.error(f"--min-snr {args.min_snr} is above --max-snr {args.max_snr}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,24 +54,35 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train and evaluate the M-star classifier on paired spectra and images.",
         epilog="examples:\n" + __doc__.split("\n\n")[1],
-        formatter_class=type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
+        formatter_class=data.ScriptHelp,
     )
-    add = parser.add_argument
+    add, number = parser.add_argument, data.number_between
     add("--data-dir", type=Path, default=Path("."), help="holds objects.csv, spectra/ and images/")
     add("--output-dir", type=Path, default=Path("."), help="gets checkpoints/, plots/ and training_history.json")
-    add("--epochs", dest="num_epochs", type=_whole(1), default=20, help="passes over the training stars")
-    add("--batch-size", type=_whole(1), default=32, help="stars a step")
-    add("--learning-rate", type=_number(0, math.inf), default=1e-4, help="highest rate of the schedule")
-    add("--validation-split", type=_number(0, 1), default=0.2, help="fraction of the stars that chooses the checkpoint")
-    add("--test-split", type=_number(0, 1, closed=True), default=0.0, help="fraction held out from every choice")
-    add("--seed", dest="random_seed", type=_whole(0), default=42, help="of split, weights, order and dropout")
+    add("--epochs", dest="num_epochs", type=number(int, 1, 10**6), default=20, help="passes over the training stars")
+    add("--batch-size", type=number(int, 1, 10**6), default=32, help="stars a step")
+    add("--learning-rate", type=number(float, 1e-9, 10), default=1e-4, help="highest rate of the schedule")
+    add(
+        "--validation-split",
+        type=number(float, 0.001, 0.999),
+        default=0.2,
+        help="fraction of the stars that chooses the checkpoint",
+    )
+    add("--test-split", type=number(float, 0, 0.999), default=0.0, help="fraction held out from every choice")
+    add(
+        "--seed",
+        dest="random_seed",
+        type=number(int, 0, 2**32 - 1),
+        default=42,
+        help="of split, weights, order and dropout",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--num-workers", type=_whole(0), default=os.cpu_count(), help="processes that read the stars' files")
+    add("--num-workers", type=number(int, 0, 256), default=os.cpu_count(), help="processes that read the stars' files")
     add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="the paper's is resnet152")
     add("--image-weights", metavar="{imagenet,none,PATH}", default="imagenet", help="initial weights of the ResNet")
     add("--modality", choices=MODALITIES, default="fusion", help="what the network reads")
-    add("--sic-weight", type=_number(0, math.inf, closed=True), default=1.0, help="weight of the contrastive loss")
+    add("--sic-weight", type=number(float, 0, 1000), default=1.0, help="weight of the contrastive loss")
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")
     add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate "
         "scores; all: every star of a directory that took no part in training")  # fmt: skip
@@ -84,25 +95,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.validation_split + args.test_split >= 1:
         parser.error("--validation-split and --test-split together leave no star to train on")
     return args
-
-
-def _whole(low: int):
-    def whole_number(text: str) -> int:
-        if not (value := int(text)) >= low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return value
-
-    return whole_number
-
-
-def _number(low: float, high: float, closed: bool = False):
-    def number(text: str) -> float:
-        value = float(text)
-        if not (low < value < high or (closed and value == low)):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
 
 
 def choose_device(name: str) -> torch.device:

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from astropy.io import fits
+from common import ROOT, SHARED_DATA
 from PIL import Image
 
 import data
 from data import DataError, Star
 
-ROOT = Path(__file__).parents[1]
-SHARED_DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
 HEADER = "name,subclass,plate,mjd,fiberID"
 STAR = Star("a star", "M2", 618, 52049, 372)
 

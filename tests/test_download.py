@@ -2,16 +2,15 @@
 
 import csv
 import email.utils
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import sdss_server
+from common import command, run_script
 from filelock import FileLock
 from sdss_server import SdssServer, other_body, status
 
@@ -19,7 +18,6 @@ import data
 import download_sdss_data
 from data import Star
 
-SCRIPT = Path(download_sdss_data.__file__)
 CUTOUT = "/dr16/SkyServerWS/ImgCutout/getjpeg"
 REDUX = "/sas/dr16/{}/spectro/redux/{}/spectra/{}"
 
@@ -49,20 +47,19 @@ def write_catalog(data_dir: Path, stars: list[Star], positions: bool = True) -> 
     data.catalog_path(data_dir).write_text("\n".join([header, *rows, ""]))
 
 
-def command(data_dir: Path, server: SdssServer, *options: str) -> list[str]:
+def options_for(data_dir: Path, server: SdssServer, *options: str) -> list[object]:
     urls = ["--sas-url", server.sas_url, "--skyserver-url", server.skyserver_url]
     quick = ["--image-rate", "1000", "--backoff", "0.01", "--timeout", "5"]
-    return [sys.executable, str(SCRIPT), "--data-dir", str(data_dir), *urls, *quick, *options]
+    return ["--data-dir", data_dir, *urls, *quick, *options]
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment)
+def run(arguments: list[object]) -> subprocess.CompletedProcess[str]:
+    return run_script("download_sdss_data.py", *arguments, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
 
 
 def download(data_dir: Path, server: SdssServer, *options: str, exit_status: int = 0) -> str:
     """Run the script; returns what it printed (without the progress bar)."""
-    process = run(command(data_dir, server, *options))
+    process = run(options_for(data_dir, server, *options))
     assert process.returncode == exit_status, process.stdout + process.stderr
     assert "Traceback" not in process.stderr
     return process.stdout
@@ -255,7 +252,7 @@ def test_leftovers_of_a_killed_run_are_cleared_away(tmp_path, server):
 def test_a_second_download_into_the_same_directory_is_refused(tmp_path, server):
     write_catalog(tmp_path, make_stars(server, 1))
     with FileLock(tmp_path / ".download.lock"):
-        process = run(command(tmp_path, server))
+        process = run(options_for(tmp_path, server))
     assert process.returncode == 1
     assert process.stderr.strip() == (
         f"download_sdss_data.py: error: another download into {tmp_path} is running; wait for its end"
@@ -338,7 +335,7 @@ def test_an_unreachable_server_is_told(tmp_path, server):
 def test_a_directory_that_cannot_be_written_ends_the_run_with_one_line(tmp_path, server):
     write_catalog(tmp_path, make_stars(server, 5))
     (tmp_path / "spectra").write_text("in the way")
-    process = run(command(tmp_path, server))
+    process = run(options_for(tmp_path, server))
     assert process.returncode == 1
     assert re.search(r"^download_sdss_data\.py: error: .*fits: cannot be written", process.stderr, re.MULTILINE)
     assert "Traceback" not in process.stderr
@@ -425,8 +422,10 @@ def test_ctrl_c_leaves_only_whole_files_and_a_second_run_completes(tmp_path, ser
     server.delay = 0.02
     server.fail(lite_path(stars[3]), sdss_server.hang(60))  # one worker is stuck when the interrupt comes
     write_catalog(tmp_path, stars)
-    arguments = command(tmp_path, server, "--image-rate", "10", "--timeout", "30")
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = options_for(tmp_path, server, "--image-rate", "10", "--timeout", "30")
+    process = subprocess.Popen(
+        command("download_sdss_data.py", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while server.count("spectro") < 15 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -509,11 +508,11 @@ def test_options_are_checked_first(options, message, capsys):
 
 
 def test_the_script_names_option_and_catalogue_errors_in_one_line(tmp_path, server):
-    process = run(command(tmp_path, server, "--workers", "0"))
+    process = run(options_for(tmp_path, server, "--workers", "0"))
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith("download_sdss_data.py: error: argument --workers:")
 
-    process = run(command(tmp_path, server))
+    process = run(options_for(tmp_path, server))
     assert process.returncode == 1
     [line] = process.stderr.splitlines()
     assert line.startswith(f"download_sdss_data.py: error: {tmp_path / 'objects.csv'}: no such file")
@@ -521,7 +520,7 @@ def test_the_script_names_option_and_catalogue_errors_in_one_line(tmp_path, serv
 
 
 def test_help_shows_defaults_and_examples():
-    output = run([sys.executable, str(SCRIPT), "--help"]).stdout
+    output = run(["--help"]).stdout
     assert "(default: 4)" in output and "(default: https://data.sdss.org/sas/dr16)" in " ".join(output.split())
     assert "python download_sdss_data.py --dry-run" in output
 

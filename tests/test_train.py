@@ -1,33 +1,26 @@
 """train.py as a user starts it, on simulated stars; a small ResNet keeps it quick (the full one: test_model.py)."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common import command, run_script
 from PIL import Image
 
 import data
 import train
 from data import DataError, Star
 
-ROOT = Path(__file__).parents[1]
 SMALL = ("--image-backbone", "resnet18", "--image-weights", "none", "--batch-size", "16", "--num-workers", "2")
 PER_CLASS = 12
 
 
-def python(script: str, *arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
 def run_training(data_dir: Path, output_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    done = python("train.py", "--data-dir", data_dir, "--output-dir", output_dir, *SMALL, *options)
+    done = run_script("train.py", "--data-dir", data_dir, "--output-dir", output_dir, *SMALL, *options)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -39,7 +32,7 @@ def read_history(output_dir: Path) -> list[dict]:
 @pytest.fixture(scope="session")
 def stars_dir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("simulated") / "stars"
-    done = python("simulate_sdss_data.py", directory, "--per-class", PER_CLASS, "--seed", 7)
+    done = run_script("simulate_sdss_data.py", directory, "--per-class", PER_CLASS, "--seed", 7)
     assert done.returncode == 0, done.stderr
     return directory
 
@@ -126,11 +119,11 @@ def test_checkpoint_is_scored_alone_as_it_was_in_its_run(finished, stars_dir):
     parts = checkpoint["splits"]
     assert not set(parts["train"]) & set(parts["validation"]) and not set(parts["train"]) & set(parts["test"])
     for split, key in (("validation", "val"), ("test", "test")):
-        done = python("train.py", "--evaluate", path, "--data-dir", stars_dir, "--split", split)
+        done = run_script("train.py", "--evaluate", path, "--data-dir", stars_dir, "--split", split)
         assert done.returncode == 0, done.stderr
         assert record["classification_report" if key == "val" else "test_classification_report"] in done.stdout
         assert f"f1 {record['final_metrics'][f'final_{key}_f1_weighted']:.3f}" in done.stdout
-    done = python("train.py", "--evaluate", path, "--data-dir", stars_dir, "--split", "all")
+    done = run_script("train.py", "--evaluate", path, "--data-dir", stars_dir, "--split", "all")
     assert "the score flatters it" in done.stdout and f"on {5 * PER_CLASS} SIMULATED stars" in done.stdout
 
 
@@ -149,19 +142,9 @@ def test_image_modality_runs_without_spectra(own_stars_dir, tmp_path):
 
 
 def test_two_runs_in_one_second_are_both_recorded(stars_dir, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--data-dir",
-        str(stars_dir),
-        "--output-dir",
-        str(tmp_path),
-        *SMALL,
-    ]
-    runs = [
-        subprocess.Popen([*command, "--modality", "spectrum", "--epochs", "1"], stdout=subprocess.DEVNULL)
-        for _ in range(2)
-    ]
+    options = (*SMALL, "--modality", "spectrum", "--epochs", 1)
+    run = command("train.py", "--data-dir", stars_dir, "--output-dir", tmp_path, *options)
+    runs = [subprocess.Popen(run, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     identifiers = {record["config"]["training_id"] for record in read_history(tmp_path)}
     assert len(identifiers) == 2
@@ -226,7 +209,7 @@ def test_bad_input_gets_one_line(own_stars_dir, tmp_path, spoil, options, messag
     if "cuda" in options and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     spoil(own_stars_dir)
-    done = python(
+    done = run_script(
         "train.py", "--data-dir", own_stars_dir, "--output-dir", tmp_path / "out", *SMALL, *options,
         TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9",
     )  # fmt: skip
@@ -243,7 +226,7 @@ def test_other_programs_checkpoints_are_refused(finished, stars_dir, tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
     torch.save(Path("."), tmp_path / "pickle.pth")  # would execute code if it were unpickled
     for name, message in (("cut", "damaged"), ("text", "damaged"), ("other", "of this program"), ("pickle", "damaged")):
-        done = python("train.py", "--evaluate", tmp_path / f"{name}.pth", "--data-dir", stars_dir)
+        done = run_script("train.py", "--evaluate", tmp_path / f"{name}.pth", "--data-dir", stars_dir)
         assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
         assert f"{name}.pth" in done.stderr and message in done.stderr
 
@@ -258,7 +241,7 @@ def test_a_damaged_history_is_kept_under_another_name(stars_dir, tmp_path):
 
 
 def test_help_shows_defaults_and_examples():
-    done = python("train.py", "--help")
+    done = run_script("train.py", "--help")
     assert done.returncode == 0
     for text in ("--sic-weight", "(default: 1.0)", "(default: 20)", "python train.py --demo"):
         assert text in done.stdout

@@ -1,0 +1,21 @@
+"""What several test files share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Real SDSS spectra and templates, which are not part of this repository; tests that want them skip without.
+SHARED_DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def run_script(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user starts it, to its end."""
+    return subprocess.run(
+        command(script, *arguments), env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
