@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import csv
 import io
+import math
 import os
 import re
 import sys
@@ -68,9 +69,11 @@ _SAFE_NAME = re.compile(r"\w[\w .+\-]{0,99}")
 _SPREADSHEET_NUMBER = re.compile(r"\d([.,]\d+)?[eE]\+?\d+")
 _BOSS_SUBCLASS = re.compile(r"(M\d) \(\d+\)")  # "M1 (204445)": the class, and the star of the template
 
-SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
+# DR16 holds plates below the first number under run2d 26, and those from the second on as BOSS and eBOSS.
+FIRST_PLATE_BEYOND_26 = 1960
+FIRST_BOSS_PLATE = 3523
 
-_MISSING = "no "  # how the problem of a star without its files begins
+SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
 
 # What astropy and Pillow raise on files that are damaged or something else.
 _FITS_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, fits.VerifyError)
@@ -182,10 +185,12 @@ def read_catalog(path: Path) -> tuple[list[Star], Counter[str]]:
     stars: dict[str, Star] = {}
     left_out: Counter[str] = Counter()
     for where, row in _read_rows(path):
-        star = _parse_row(row, where)
-        if star.subclass not in CLASS_NAMES:
-            left_out[f"subclass {star.subclass or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
+        boss = _BOSS_SUBCLASS.fullmatch(row["subclass"])
+        subclass = boss[1] if boss else row["subclass"]
+        if subclass not in CLASS_NAMES:
+            left_out[f"subclass {subclass or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
             continue
+        star = _parse_row(row, subclass, where)
         first = stars.setdefault(star.spectrum_id, star)
         if first is not star:
             if first.subclass != star.subclass:
@@ -208,16 +213,23 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, strict=True)
-            header = [column.strip() for column in next(lines, [])]
+            header = next(lines, [])
+            if header and header[0].startswith("#"):  # SkyServer's answers begin with "#Table1"
+                header = next(lines, [])
+            header = [column.strip() for column in header]
             if not header:
                 raise DataError(f"{path}: the file is empty")
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: a column stands twice in the header line, {', '.join(header)}")
             missing = [column for column in _REQUIRED_COLUMNS if column not in header]
             if missing:
                 raise DataError(
                     f"{path}: column {', '.join(missing)} is missing; the header line reads {' | '.join(header)} "
                     f"(needed, separated by commas: {', '.join(_REQUIRED_COLUMNS)})"
                 )
-            for cells in filter(None, lines):
+            for cells in lines:
+                if not any(cell.strip() for cell in cells):
+                    continue
                 where = f"{path}, line {lines.line_num}"
                 if len(cells) != len(header):
                     raise DataError(f"{where}: {len(cells)} cells where the header has {len(header)} columns")
@@ -230,7 +242,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise DataError(f"{path}: not a comma-separated UTF-8 text file ({error})") from None
 
 
-def _parse_row(cells: dict[str, str], where: str) -> Star:
+def _parse_row(cells: dict[str, str], subclass: str, where: str) -> Star:
     name = cells["name"]
     if _SPREADSHEET_NUMBER.fullmatch(name):
         raise DataError(
@@ -241,14 +253,13 @@ def _parse_row(cells: dict[str, str], where: str) -> Star:
         raise DataError(
             f"{where}, column name: {name!r} cannot name a file (letters, digits, '_', '.', '+', '-', spaces)"
         )
-    boss = _BOSS_SUBCLASS.fullmatch(cells["subclass"])
     return Star(
         name=name,
-        subclass=boss[1] if boss else cells["subclass"],
+        subclass=subclass,
         **{column: _parse_integer(cells[column], column, where) for column in _IDENTIFIER_RANGES},
         ra=_parse_degrees(cells.get("ra", ""), "ra", 0, 360, where),
         dec=_parse_degrees(cells.get("dec", ""), "dec", -90, 90, where),
-        simulated=cells.get("simulated", "") not in ("", "0"),
+        simulated=cells.get("simulated", "").lower() not in ("", "0", "0.0", "false", "no"),
     )
 
 
@@ -256,7 +267,7 @@ def _parse_integer(text: str, column: str, where: str) -> int:
     low, high = _IDENTIFIER_RANGES[column]
     # "372.0" is what a spreadsheet or pandas makes of an integer column with a gap in it.
     digits = text.removesuffix(".0")
-    if not (digits.isascii() and digits.isdigit() and low <= int(digits) <= high):
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 10 and low <= int(digits) <= high):
         raise DataError(f"{where}, column {column}: {text!r} is not a whole number from {low} to {high}")
     return int(digits)
 
@@ -315,19 +326,21 @@ def decode_spec_obj_id(name: str) -> tuple[int, int, int, str] | None:
 
 
 class Spectrum(NamedTuple):
-    """HDU 1 of an SDSS spectrum, and the position of its star (PLUG_RA, PLUG_DEC)."""
+    """HDU 1 of an SDSS spectrum, and of its header the star's position (PLUG_RA, PLUG_DEC)."""
 
     loglam: np.ndarray  # log10 of the vacuum wavelength in Å, float64
     flux: np.ndarray  # 1e-17 erg/s/cm²/Å, float32
     ivar: np.ndarray  # inverse variance of flux, float32; 0 marks a bad pixel
     ra: float  # degrees, NaN where the file does not say
     dec: float
+    simulated: bool  # made by simulate_sdss_data.py
+    path: Path
 
 
 def read_spectrum(path: Path, star: Star) -> Spectrum:
     """Read and check an SDSS spectrum (full or lite). Raises DataError if it is damaged or another star's.
 
-    The header's PLATEID, MJD and FIBERID must be the star's; a header without them is let pass.
+    Of PLATEID, MJD and FIBERID, those in the header must be the star's.
     """
     content = _read_bytes(path)
     if not content.startswith(b"SIMPLE  ="):
@@ -343,21 +356,22 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
                 name: np.asarray(table.data[name], dtype=dtype)
                 for name, dtype in (("loglam", np.float64), ("flux", np.float32), ("ivar", np.float32))
             }
-            stated = tuple(header.get(key) for key in ("PLATEID", "MJD", "FIBERID"))
+            wanted = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
+            stated = {key: header[key] for key in wanted if key in header}
             ra, dec = (float(header.get(key, "nan")) for key in ("PLUG_RA", "PLUG_DEC"))
+            simulated = bool(header.get("SIMULATD", False))
     except DataError:
         raise
     except _FITS_ERRORS as error:
         raise DataError(f"{path}: not an SDSS spectrum ({type(error).__name__}: {_first_line(error)})") from error
 
-    wanted = (star.plate, star.mjd, star.fiberID)
-    if None not in stated and stated != wanted:
-        raise DataError(f"{path}: holds the spectrum of another star (plate, mjd, fiberID {stated}, not {wanted})")
+    if stated != {key: wanted[key] for key in stated}:
+        raise DataError(f"{path}: holds the spectrum of another star ({stated}, not {wanted})")
     if any(column.ndim != 1 or not column.size for column in columns.values()):
         raise DataError(f"{path}: its table of loglam, flux and ivar is empty or not one-dimensional")
     if not np.isfinite(columns["loglam"]).all() or (np.diff(columns["loglam"]) <= 0).any():
         raise DataError(f"{path}: its wavelengths do not increase from pixel to pixel")
-    return Spectrum(**columns, ra=ra, dec=dec)
+    return Spectrum(**columns, ra=ra, dec=dec, simulated=simulated, path=path)
 
 
 def read_cutout(path: Path, size: int | None = None) -> np.ndarray:
@@ -411,20 +425,22 @@ def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:
 
     Bad pixels (ivar = 0, not finite, or absent) are interpolated from their neighbours; neither the
     median nor the clipping lets one wild pixel set the scale. Raises DataError if more than half of
-    the window is bad or there is no flux in it.
+    the window is bad or there is no flux in it, naming the file.
     """
     position = spectrum.loglam * PIXELS_PER_DEX
     pixel = np.rint(position)
     if np.abs(position - pixel).max() > 0.1:  # float32 loglam is good to 0.005 pixel
-        raise DataError("its wavelengths are not on the SDSS grid (loglam in steps of 1e-4)")
+        raise DataError(f"{spectrum.path}: its wavelengths are not on the SDSS grid (loglam in steps of 1e-4)")
     index = pixel.astype(np.int64) - FIRST_PIXEL
     good = (index >= 0) & (index < SPECTRUM_LENGTH) & np.isfinite(spectrum.flux) & (spectrum.ivar > 0)
     if good.sum() < MIN_GOOD_FRACTION * SPECTRUM_LENGTH:
-        raise DataError(f"only {good.sum()} of the {SPECTRUM_LENGTH} pixels between 4000 and 9000 Å are good")
+        raise DataError(
+            f"{spectrum.path}: only {good.sum()} of the {SPECTRUM_LENGTH} pixels between 4000 and 9000 Å are good"
+        )
     index, flux = index[good], spectrum.flux[good]
     median = np.median(flux)
     if not median > 0:
-        raise DataError(f"its median flux is {median:.3g}: there is no star in this spectrum")
+        raise DataError(f"{spectrum.path}: its median flux is {median:.3g}: there is no star in this spectrum")
     filled = np.interp(np.arange(SPECTRUM_LENGTH), index, flux)
     return np.clip(filled / median, *SCALED_FLUX_RANGE).astype(np.float32)
 
@@ -438,12 +454,7 @@ def prepare_cutout(pixels: np.ndarray) -> np.ndarray:
 
 def load_spectrum(data_dir: Path, star: Star) -> np.ndarray:
     """A star's prepared spectrum, (3522,) float32, from its file. Raises DataError, naming the file."""
-    path = spectrum_path(data_dir, star)
-    spectrum = read_spectrum(path, star)
-    try:
-        return prepare_spectrum(spectrum)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+    return prepare_spectrum(read_spectrum(spectrum_path(data_dir, star), star))
 
 
 def load_cutout(data_dir: Path, star: Star) -> np.ndarray:
@@ -451,43 +462,39 @@ def load_cutout(data_dir: Path, star: Star) -> np.ndarray:
     return prepare_cutout(read_cutout(cutout_path(data_dir, star)))
 
 
-def load_star(
-    star: Star, data_dir: Path, *, spectra: bool, images: bool
-) -> tuple[np.ndarray | None, np.ndarray | None, str]:
-    """A star's prepared spectrum and cutout, as far as wanted, and why it cannot be used ("" if it can)."""
-    wanted = {"spectrum": spectra and spectrum_path(data_dir, star), "image": images and cutout_path(data_dir, star)}
-    missing = [name for name, path in wanted.items() if path and not path.exists()]
+class LoadedStar(NamedTuple):
+    """A star and its prepared files; `missing` and `damage` say why it cannot be used ("" if it can)."""
+
+    star: Star  # with the position in its spectrum where the catalogue has none
+    spectrum: np.ndarray | None = None  # (3522,) float32, None if not wanted
+    image: np.ndarray | None = None  # (3, 128, 128) uint8, None if not wanted
+    missing: str = ""  # "no spectrum", "no image" or both
+    damage: str = ""  # what is wrong, with the file's name
+
+
+def load_star(star: Star, data_dir: Path, *, spectra: bool, images: bool) -> LoadedStar:
+    """Read and prepare a star's spectrum and cutout, as far as they are wanted."""
+    paths = {"spectrum": spectra and spectrum_path(data_dir, star), "image": images and cutout_path(data_dir, star)}
+    missing = [f"no {kind}" for kind, path in paths.items() if path and not path.exists()]
     if missing:
-        return None, None, _MISSING + " nor ".join(missing)
+        return LoadedStar(star, missing=", ".join(missing))
+    prepared = None
     try:
-        return load_spectrum(data_dir, star) if spectra else None, load_cutout(data_dir, star) if images else None, ""
+        if spectra:
+            spectrum = read_spectrum(paths["spectrum"], star)
+            prepared = prepare_spectrum(spectrum)
+            star = star._replace(simulated=star.simulated or spectrum.simulated)
+            if not (math.isfinite(star.ra) and math.isfinite(star.dec)):
+                star = star._replace(ra=spectrum.ra, dec=spectrum.dec)
+        return LoadedStar(star, prepared, load_cutout(data_dir, star) if images else None)
     except DataError as error:
-        return None, None, str(error)
+        return LoadedStar(star, damage=str(error))
 
 
-def is_missing(problem: str) -> bool:
-    """Whether a problem told by `load_star` is that a file is not there, rather than that it is damaged."""
-    return problem.startswith(_MISSING)
-
-
-def load_stars(
-    stars: list[Star], data_dir: Path, *, spectra: bool, images: bool, num_workers: int
-) -> tuple[np.ndarray | None, np.ndarray | None, list[str]]:
-    """Read many stars' files in `num_workers` processes, under a progress bar.
-
-    Returns the usable stars' spectra (N, 3522) float32 and cutouts (N, 3, 128, 128) uint8, None where
-    not wanted, and for each star given why it cannot be used ("" if it can).
-    """
+def load_stars(stars: list[Star], data_dir: Path, *, spectra: bool, images: bool, num_workers: int) -> list[LoadedStar]:
+    """`load_star` for many, in `num_workers` processes, under a progress bar."""
     load = partial(load_star, data_dir=data_dir, spectra=spectra, images=images)
     progress = {"desc": "reading stars", "unit": "star", "leave": False}
     if num_workers > 1:
-        loaded = process_map(load, stars, max_workers=num_workers, chunksize=16, **progress)
-    else:
-        loaded = [load(star) for star in tqdm(stars, **progress)]
-    problems = [problem for _, _, problem in loaded]
-    usable = [(spectrum, image) for spectrum, image, problem in loaded if not problem]
-    return (
-        np.stack([spectrum for spectrum, _ in usable]) if spectra and usable else None,
-        np.stack([image for _, image in usable]) if images and usable else None,
-        problems,
-    )
+        return process_map(load, stars, max_workers=num_workers, chunksize=16, **progress)
+    return [load(star) for star in tqdm(stars, **progress)]

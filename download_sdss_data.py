@@ -42,9 +42,7 @@ SKYSERVER_URL = "https://skyserver.sdss.org/dr16/SkyServerWS"
 
 # DR16 holds the SDSS-I/II spectra under three run2d, and all BOSS and eBOSS spectra under one.
 SDSS_RUN2D = ("26", "104", "103")
-FIRST_PLATE_BEYOND_26 = 1960  # lower plates are all run2d 26
 BOSS_RUN2D = "v5_13_0"
-FIRST_BOSS_PLATE = 3523
 
 MIN_CUTOUT_SIZE = 64  # the service clips smaller ones in silence, like those above data.MAX_CUTOUT_SIZE
 
@@ -52,8 +50,9 @@ HEADERS = {
     "User-Agent": f"m-star-classification/1.0 ({requests.utils.default_user_agent()})",
     "Accept-Encoding": "identity",  # the archive's bytes as they are, and no small answer that unpacks to a huge one
 }
-PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})  # asked again; every other refusal is for good
-LONGEST_WAIT = 60  # times --backoff, whatever a Retry-After asks for
+PASSING_STATUSES = frozenset({408, 429, *range(500, 600)})  # asked again; every other refusal is for good
+LONGEST_WAIT = 60  # times --backoff, of our own accord
+LONGEST_RETRY_AFTER = 600  # times --backoff, if the server asks for it
 LONGEST_BODY = 10  # times --timeout, for a body that keeps trickling in
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 2**16
@@ -128,9 +127,9 @@ def run2d_candidates(star: Star) -> tuple[str, ...]:
     if run2d in SDSS_RUN2D:
         return (run2d,)
     # A list made from another release names another v5; DR16 has all these spectra as v5_13_0.
-    if (run2d and run2d.startswith("v5_")) or star.plate >= FIRST_BOSS_PLATE:
+    if (run2d and run2d.startswith("v5_")) or star.plate >= data.FIRST_BOSS_PLATE:
         return (BOSS_RUN2D,)
-    return SDSS_RUN2D if star.plate >= FIRST_PLATE_BEYOND_26 else SDSS_RUN2D[:1]
+    return SDSS_RUN2D if star.plate >= data.FIRST_PLATE_BEYOND_26 else SDSS_RUN2D[:1]
 
 
 def spectrum_url(star: Star, run2d: str, *, full: bool = False, sas_url: str = SAS_URL) -> str:
@@ -192,7 +191,8 @@ def survey_files(stars: list[Star], args: argparse.Namespace) -> tuple[set[Path]
             other_sizes += len(data.read_cutout(file.path)) != args.image_size
             there.add(file.path)
         except DataError:
-            missing.setdefault(file.path, file)
+            if file.path not in missing or not missing[file.path].urls:  # the first row that knows the position
+                missing[file.path] = file
     if other_sizes:
         print(f"cutouts there of another size than {args.image_size} pixels, kept: {other_sizes}")
     if damaged := sum(path.exists() for path in missing):
@@ -218,7 +218,8 @@ def waiting_time(attempt: int, backoff: float, retry_after: str = "") -> float:
         asked_for = urllib3.Retry().parse_retry_after(retry_after)
     except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         asked_for = 0
-    return min(max(backoff * 2**attempt, asked_for), backoff * LONGEST_WAIT)
+    own = min(backoff * 2**attempt, backoff * LONGEST_WAIT)
+    return max(own, min(asked_for, backoff * LONGEST_RETRY_AFTER))
 
 
 class Pacer:
@@ -467,7 +468,10 @@ def main(argv: list[str] | None = None) -> None:
         if failures:
             report_failures(failures, args.data_dir)
             sys.exit(1)
-    print("All files are there. Next: python train.py" + f" --data-dir {args.data_dir}" * (args.data_dir != Path(".")))
+    print(
+        "All files of these stars are there. Next: python train.py"
+        + f" --data-dir {args.data_dir}" * (args.data_dir != Path("."))
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a run leaves behind: its record in training_history.json, and its plots.
 
     import pandas as pd
-    runs = pd.json_normalize(pd.read_json("training_history.json").to_dict("records"))
+    runs = pd.json_normalize(pd.read_json("training_history.json").to_dict("records"))   # one row a run
 
 The file is a list with one record a run. Its keys are those of the earlier reproduction, so that
 programs which read that file read this one, and more beside them.
@@ -57,13 +57,13 @@ def append_to_history(path: Path, record: dict) -> None:
                 history = json.loads(path.read_text(encoding="utf-8"))
                 if not isinstance(history, list):
                     raise ValueError("not a list of runs")
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, no list
                 aside = path.with_name(f"{path.stem}.damaged-{record['config']['training_id']}{path.suffix}")
                 path.rename(aside)
                 history = []
                 print(f"{path} is damaged ({error}); it is kept as {aside.name}, and a new one begins", file=sys.stderr)
         with write_atomically(path) as temporary:
-            text = json.dumps([*history, record], indent=2, ensure_ascii=False, allow_nan=False)
+            text = json.dumps([*history, record], indent=2, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -76,7 +76,7 @@ def plot_training(path: Path, record: dict) -> None:
     left, right = figure.subplots(1, 2)
     left.plot(epochs, metrics["train_loss"], "o-", label="training")
     left.plot(epochs, metrics["val_loss"], "o-", label="validation")
-    left.set(xlabel="epoch", ylabel="loss (cross-entropy + contrastive)")
+    left.set(xlabel="epoch", ylabel="loss")
     for name, marker in (("accuracy", "o"), ("precision", "s"), ("recall", "^"), ("f1", "D")):
         right.plot(
             epochs, metrics[f"val_{name}"], f"{marker}-", markersize=4, alpha=0.8, label=name.replace("f1", "F1")
@@ -119,6 +119,8 @@ def git_commit() -> str | None:
     """The commit of this code, with "+changes" if files differ from it; None outside a git checkout."""
     git = ("git", "-C", str(Path(__file__).parent))
     try:
+        # The repository around this file need not be the one that this file belongs to.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):

@@ -10,8 +10,8 @@ The encoders follow, layer by layer and name by name, the authors' code
 load. The Transformer has the shape of ViLT (Kim et al. 2021), as theirs, built of torch's own parts.
 """
 
+import http.client
 import pickle
-import urllib.error
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TEMPERATURE = 0.07  # of the contrastive logits; the authors' fixed value
 INIT_STD = 0.02  # standard deviation of ViLT's initial weights and embeddings
 
+# What torch.load raises on files that are damaged or something else.
+_UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train.py wrote
 
 
@@ -190,7 +192,7 @@ def _build_resnet(backbone: str, weights: str | Path | None) -> torchvision.mode
         state = _fetch_imagenet_weights(backbone) if weights == "imagenet" else _torch_load(Path(weights))
         try:
             resnet.load_state_dict(state)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise OSError(f"{weights}: not the weights of torchvision's {backbone}") from error
     return resnet
 
@@ -200,9 +202,10 @@ def _fetch_imagenet_weights(backbone: str) -> OrderedDict[str, Tensor]:
     imagenet = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
     try:
         return imagenet.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, TimeoutError, ConnectionError, RuntimeError) as error:  # RuntimeError: wrong hash
+    except (OSError, http.client.HTTPException, *_UNREADABLE) as error:  # RuntimeError: another hash than its name's
         raise OSError(
-            f"the ImageNet weights could not be fetched from {imagenet.url} ({error}); download that file elsewhere "
+            f"the ImageNet weights could not be had from {imagenet.url}, or what lies of them in "
+            f"{torch.hub.get_dir()} is damaged ({type(error).__name__}: {error}); download that file elsewhere "
             "and give its path (--image-weights PATH), or train from random weights (--image-weights none)"
         ) from error
 
@@ -214,16 +217,19 @@ def save_checkpoint(path: Path, model: FusionModel, **contents: Any) -> None:
 
 
 def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
-    """The network of a checkpoint that train.py wrote, and all else that it holds.
+    """The network of a checkpoint that train.py wrote, on the CPU and ready to evaluate, and all else that it holds.
 
     Raises OSError for a file that is missing, damaged, or another program's.
     """
     checkpoint = _torch_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise OSError(f"{path}: not a checkpoint of this program (train.py writes them to checkpoints/)")
-    model = FusionModel(**checkpoint["model_arguments"])
-    model.load_state_dict(checkpoint["model_state"])
-    return model, checkpoint
+    try:
+        model = FusionModel(**checkpoint["model_arguments"])
+        model.load_state_dict(checkpoint["model_state"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise OSError(f"{path}: its weights are not those of its network ({type(error).__name__})") from error
+    return model.eval(), checkpoint
 
 
 def _torch_load(path: Path) -> Any:
@@ -232,5 +238,5 @@ def _torch_load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise OSError(f"{path}: no such file") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise OSError(f"{path}: damaged, or not a file of PyTorch weights ({type(error).__name__})") from error

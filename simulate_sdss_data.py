@@ -432,6 +432,8 @@ def nanomaggies(magnitudes: np.ndarray) -> np.ndarray:
 
 # Files
 
+FIRST_PLATE, LAST_PLATE = 266, 10_000  # of SDSS, and of DR16 nearly
+
 
 def simulate(
     directory: Path,
@@ -483,11 +485,12 @@ def draw_targets(
     """The catalogue, in random order: identifiers, positions, subclasses, wanted S/N."""
     count = per_class * len(CLASS_NAMES)
     is_boss = rng.permutation(count) < round(boss_fraction * count)
-    # A number for each place on each plate, taken once: plates 266–1959 have 640 fibers, 3523–10000 have 1000.
-    sdss, boss = rng.choice(1694 * 640, count, replace=False), rng.choice(6478 * 1000, count, replace=False)
-    plates = np.where(is_boss, 3523 + boss // 1000, 266 + sdss // 640)
+    # A number for each place on each plate, taken once: SDSS-I plates have 640 fibers, BOSS plates 1000.
+    sdss = rng.choice((data.FIRST_PLATE_BEYOND_26 - FIRST_PLATE) * 640, count, replace=False)
+    boss = rng.choice((LAST_PLATE + 1 - data.FIRST_BOSS_PLATE) * 1000, count, replace=False)
+    plates = np.where(is_boss, data.FIRST_BOSS_PLATE + boss // 1000, FIRST_PLATE + sdss // 640)
     fibers = np.where(is_boss, 1 + boss % 1000, 1 + sdss % 640)
-    mjds = np.interp(plates, (266, 1959, 3523, 10_000), (51_630, 53_440, 55_144, 57_346))
+    mjds = np.interp(plates, (FIRST_PLATE, 1959, data.FIRST_BOSS_PLATE, LAST_PLATE), (51_630, 53_440, 55_144, 57_346))
     centers = np.array([plate_center(plate) for plate in plates.tolist()])
     positions = draw_positions(centers, rng)
     classes = rng.permutation(np.repeat(np.arange(len(CLASS_NAMES)), per_class))
@@ -518,7 +521,7 @@ def draw_positions(centers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         positions[again] = np.transpose([ra, dec]).round(7)
         ra, dec = np.radians(positions).T
         sphere = np.transpose([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)])
-        pairs = cKDTree(sphere).query_pairs(np.radians(2 / 3600), output_type="ndarray")
+        pairs = cKDTree(sphere).query_pairs(np.radians(data.SAME_STAR_ARCSEC / 3600), output_type="ndarray")
         again = np.unique(pairs[:, 1])
     return positions
 

@@ -5,8 +5,8 @@
     python train.py --data-dir DIR --modality spectrum         spectra alone
     python train.py --evaluate checkpoints/best_model_ID.pth   score a checkpoint on its validation stars
 
-Read top to bottom: options, stars, split, training, checkpoint, history and plots, main.
-The network is in model.py, its loss in loss_sic.py, the reading of files in data.py.
+Read top to bottom: options, stars, split, training and evaluation, a run. The network is in model.py,
+its loss in loss_sic.py, the reading of files in data.py, a run's record and plots in history.py.
 """
 
 import argparse
@@ -25,6 +25,8 @@ import torch
 from sklearn.metrics import accuracy_score, classification_report, precision_recall_fscore_support
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -38,6 +40,9 @@ from simulate_sdss_data import simulate
 # Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# The same for spectra over their median: of the pixels of real M0–M4 dwarfs' mean spectra between 4000
+# and 9000 Å (Kesseli et al. 2017, ApJS 230, 16).
+SPECTRUM_MEAN, SPECTRUM_STD = 1.1, 0.7
 
 WARMUP_EPOCHS = 2
 WEIGHT_DECAY = 0.01
@@ -78,7 +83,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--num-workers", type=number(int, 0, 256), default=os.cpu_count(), help="processes that read the stars' files")
+    add(
+        "--num-workers",
+        type=number(int, 0, 256),
+        default=min(8, os.cpu_count() or 1),
+        help="processes that read the stars' files",
+    )
     add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="the paper's is resnet152")
     add("--image-weights", metavar="{imagenet,none,PATH}", default="imagenet", help="initial weights of the ResNet")
     add("--modality", choices=MODALITIES, default="fusion", help="what the network reads")
@@ -110,7 +120,7 @@ def choose_precision(name: str, device: torch.device) -> str:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # without instructions of its own for it, a processor is slower in bf16 than in fp32
         capabilities = torch.cpu.get_capabilities()
-        has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+        has_bf16 = any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
     return "bf16" if has_bf16 else "fp32"
 
 
@@ -131,46 +141,43 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
     stars, left_out = data.read_catalog(data.catalog_path(data_dir))
     for reason, count in left_out.items():
         print(f"{count} row(s) of the catalogue left out: {reason}")
-    spectra, images, problems = data.load_stars(
+    loaded = data.load_stars(
         stars, data_dir, spectra=modality != "image", images=modality != "spectrum", num_workers=num_workers
     )
-    report_usable(stars, problems)
-    usable = [star for star, problem in zip(stars, problems, strict=True) if not problem]
+    report_usable(loaded)
+    usable = [entry for entry in loaded if not (entry.missing or entry.damage)]
     if not usable:
         raise DataError(
             f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used; "
             f"python download_sdss_data.py --data-dir {data_dir} fetches their files"
         )
+    spectra, images = ([entry.spectrum for entry in usable], [entry.image for entry in usable])
     prepared = PreparedStars(
-        stars=usable,
-        spectra=None if spectra is None else torch.from_numpy(spectra),
-        images=None if images is None else torch.from_numpy(images),
-        targets=torch.tensor([CLASS_NAMES.index(star.subclass) for star in usable]),
+        stars=[entry.star for entry in usable],
+        spectra=None if modality == "image" else torch.from_numpy(np.stack(spectra)),
+        images=None if modality == "spectrum" else torch.from_numpy(np.stack(images)),
+        targets=torch.tensor([CLASS_NAMES.index(entry.star.subclass) for entry in usable]),
     )
-    return prepared, [problem for problem in problems if problem and not data.is_missing(problem)]
+    return prepared, [entry.damage for entry in loaded if entry.damage]
 
 
-def report_usable(stars: list[Star], problems: list[str]) -> None:
+def report_usable(loaded: list[data.LoadedStar]) -> None:
     """Print, per class, how many stars are used, and how many are not and why; name each damaged file."""
-    states = [("used" if not p else p if data.is_missing(p) else "damaged") for p in problems]
-    table = pd.crosstab([star.subclass for star in stars], states, margins=True, margins_name="all")
+    states = ["damaged" if entry.damage else entry.missing or "used" for entry in loaded]
+    table = pd.crosstab([entry.star.subclass for entry in loaded], states, margins=True, margins_name="all")
     columns = sorted(set(states), key=lambda state: (state != "used", state))
-    print(
-        table[["all", *columns]].rename(columns={"all": "listed"}).rename_axis(index=None, columns="class").to_string(),
-        end="\n\n",
-    )
-    damaged = [problem for problem, state in zip(problems, states, strict=True) if state == "damaged"]
-    for problem in damaged[:10]:
-        print(f"set aside: {problem}")
-    if len(damaged) > 10:
-        print(f"set aside: {len(damaged) - 10} more; the run's record in training_history.json names them all")
+    table = table[["all", *columns]].rename(columns={"all": "listed"})
+    print(table.rename_axis(index=None, columns="class").to_string())
+    for entry in loaded:
+        if entry.damage:
+            print(f"set aside: {entry.damage}")
 
 
 class StarDataset(Dataset):
     """Some of the prepared stars; one indexed read gives a whole batch (spectra, images, targets).
 
-    spectra (B, 3522) float32 and images (B, 3, 128, 128) float32, normalised as ImageNet; None for an
-    input the modality does not read; targets (B,) int64.
+    spectra (B, 3522) and images (B, 3, 128, 128) float32, both normalised; None for an input the
+    modality does not read; targets (B,) int64.
     """
 
     def __init__(self, prepared: PreparedStars, indices: np.ndarray) -> None:
@@ -184,7 +191,7 @@ class StarDataset(Dataset):
         chosen = self.indices[positions]
         spectra, images, targets = self.prepared.spectra, self.prepared.images, self.prepared.targets
         return (
-            None if spectra is None else spectra[chosen],
+            None if spectra is None else (spectra[chosen] - SPECTRUM_MEAN) / SPECTRUM_STD,
             None if images is None else normalise_images(images[chosen]),
             targets[chosen],
         )
@@ -232,7 +239,7 @@ def split_stars(
     def part(groups: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         try:
             return train_test_split(groups, test_size=fraction, stratify=group_class[groups], random_state=seed)
-        except ValueError as error:  # too few stars for every class to stand in both parts
+        except ValueError as error:  # fewer stars in a part than classes
             raise DataError(f"{len(groups)} stars cannot be split, {fraction:.2f} of them apart: {error}") from error
 
     held_out = np.array([], dtype=int)
@@ -240,7 +247,14 @@ def split_stars(
         groups, held_out = part(groups, test_split)
     training, validation = part(groups, validation_split / (1 - test_split))
     parts = {"train": training, "validation": validation, "test": held_out}
-    return {name: np.flatnonzero(np.isin(star_group, members)) for name, members in parts.items()}
+    splits = {name: np.flatnonzero(np.isin(star_group, members)) for name, members in parts.items()}
+    for name, indices in splits.items():
+        absent = set(range(len(CLASS_NAMES))) - set(prepared.targets[indices].tolist())
+        if len(indices) and absent:
+            raise DataError(
+                f"no {CLASS_NAMES[min(absent)]} star in the {name} part: too few stars, or too small a part"
+            )
+    return splits
 
 
 # Training and evaluation
@@ -257,7 +271,7 @@ class Engine(NamedTuple):
     def batches(self, loader: DataLoader, description: str) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
         """The loader's batches on the device, under a progress bar."""
         for batch in tqdm(loader, desc=description, unit="batch", leave=False):
-            yield tuple(None if part is None else part.to(self.device, non_blocking=True) for part in batch)
+            yield tuple(None if part is None else part.to(self.device) for part in batch)
 
     def loss(self, spectra: Tensor | None, images: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's loss and class logits (B, 5), float32."""
@@ -267,7 +281,9 @@ class Engine(NamedTuple):
         return loss_sic(align_logits, fuse_logits, targets, sic_weight=self.sic_weight), fuse_logits
 
 
-def train_one_epoch(engine: Engine, loader: DataLoader, optimizer, scheduler, description: str) -> float:
+def train_one_epoch(
+    engine: Engine, loader: DataLoader, optimizer: Optimizer, scheduler: LRScheduler, description: str
+) -> float:
     """One pass over the training stars; returns the mean loss, by star."""
     engine.model.train()
     total = torch.zeros((), device=engine.device)
@@ -279,10 +295,7 @@ def train_one_epoch(engine: Engine, loader: DataLoader, optimizer, scheduler, de
         optimizer.step()
         scheduler.step()
         total += loss.detach() * len(targets)
-    mean = total.item() / len(loader.dataset)
-    if not math.isfinite(mean):
-        raise DataError(f"{description}: the loss became {mean}; try a smaller --learning-rate or --precision fp32")
-    return mean
+    return total.item() / len(loader.dataset)
 
 
 class Evaluation(NamedTuple):
@@ -327,7 +340,9 @@ def evaluate(engine: Engine, loader: DataLoader, description: str = "evaluating"
     return Evaluation(total / len(loader.dataset), torch.cat(targets_seen).numpy(), torch.cat(probabilities).numpy())
 
 
-def make_optimizer(model: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int):
+def make_optimizer(
+    model: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int
+) -> tuple[Optimizer, LRScheduler]:
     """AdamW, its rate rising over two epochs (at most a third of the run), then falling to zero along a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     total_steps = epochs * steps_per_epoch
@@ -338,7 +353,7 @@ def make_optimizer(model: FusionModel, learning_rate: float, epochs: int, steps_
             return (step + 1) / warmup_steps
         return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    return optimizer, LambdaLR(optimizer, rate)
 
 
 def fit(
@@ -350,13 +365,17 @@ def fit(
     val_loader = make_loader(prepared, splits["validation"], config["batch_size"])
     epochs = config["num_epochs"]
     optimizer, scheduler = make_optimizer(engine.model, config["learning_rate"], epochs, len(train_loader))
-    # By identifier, not by row: --evaluate must know the stars also when the catalogue has changed.
-    spectrum_ids = {part: [prepared.stars[i].spectrum_id for i in indices] for part, indices in splits.items()}
+    # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
+    parts = {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()}
     best_f1 = -1.0
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
         train_loss = train_one_epoch(engine, train_loader, optimizer, scheduler, f"epoch {epoch}/{epochs}")
         validation = evaluate(engine, val_loader, f"epoch {epoch}/{epochs}, validating")
+        if not math.isfinite(train_loss + validation.loss):
+            raise DataError(
+                f"the loss is not finite in epoch {epoch}; try a smaller --learning-rate or --precision fp32"
+            )
         scores = validation.scores()
         curves["train_loss"].append(train_loss)
         curves["val_loss"].append(validation.loss)
@@ -366,7 +385,7 @@ def fit(
         if improved:
             best_f1, final["best_epoch"] = scores["f1"], epoch
             with data.write_atomically(checkpoint_path) as temporary:
-                save_checkpoint(temporary, engine.model, epoch=epoch, config=config, splits=spectrum_ids)
+                save_checkpoint(temporary, engine.model, epoch=epoch, config=config, splits=parts)
         print(
             f"{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {validation.loss:6.3f}  "
             f"accuracy {scores['accuracy']:.3f}  precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  "
@@ -384,8 +403,10 @@ def begin_record(
     engine: Engine,
     prepared: PreparedStars,
     splits: dict[str, np.ndarray],
+    set_aside: list[str],
 ) -> dict:
     """A run's record in training_history.json, before its first epoch: every option, and what they came to."""
+    image = args.image_backbone if engine.model.image_encoder is not None else None
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     config = {
         "training_id": training_id,
@@ -397,7 +418,9 @@ def begin_record(
         "image_size": data.IMAGE_SIZE,
         "num_classes": len(CLASS_NAMES),
         "class_names": list(CLASS_NAMES),
-        "model_architecture": f"FusionModel({args.modality}, {args.image_backbone})",
+        "model_architecture": f"FusionModel({args.modality}{'' if image is None else f', {image}'})",
+        "image_backbone": image,
+        "image_weights": None if image is None else args.image_weights,
         "optimizer": f"AdamW, weight decay {WEIGHT_DECAY}, {WARMUP_EPOCHS} epochs of warm-up, cosine, "
         f"gradients clipped at {MAX_GRADIENT_NORM}",
         "csv_file": str(data.catalog_path(args.data_dir)),
@@ -409,6 +432,7 @@ def begin_record(
             part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
             for part, indices in splits.items()
         },
+        "set_aside": set_aside,
         "versions": history.library_versions(),
         "git_commit": history.git_commit(),
     }
@@ -420,21 +444,24 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     model, checkpoint = load_checkpoint(args.evaluate)
     if checkpoint["config"]["class_names"] != list(CLASS_NAMES):
         raise DataError(f"{args.evaluate}: made for other classes ({', '.join(checkpoint['config']['class_names'])})")
-    config, splits = checkpoint["config"], checkpoint["splits"]
+    config = checkpoint["config"]
+    parts = {part: [Star(*row) for row in rows] for part, rows in checkpoint["splits"].items()}
     device = choose_device(args.device)
     model = model.to(device, memory_format=torch.channels_last)
     engine = Engine(model, device, choose_precision(args.precision, device), config["sic_weight"])
     prepared, _ = read_stars(args.data_dir, config["modality"], args.num_workers)
 
-    spectrum_ids = np.array([star.spectrum_id for star in prepared.stars])
     if args.split == "all":
-        indices = np.arange(len(spectrum_ids))
-        seen = np.isin(spectrum_ids, splits["train"] + splits["validation"]).sum()
+        indices = np.arange(len(prepared.stars))
+        known = parts["train"] + parts["validation"]
+        groups = data.group_same_stars([*known, *prepared.stars])
+        seen = np.isin(groups[len(known) :], groups[: len(known)]).sum()
         if seen:
             print(f"note: the checkpoint was trained on, or chosen by, {seen} of these stars: the score flatters it")
     else:
-        indices = np.flatnonzero(np.isin(spectrum_ids, splits[args.split]))
-        print(f"{len(indices)} of the {len(splits[args.split])} {args.split} stars of the checkpoint are here")
+        wanted = {star.spectrum_id for star in parts[args.split]}
+        indices = np.flatnonzero([star.spectrum_id in wanted for star in prepared.stars])
+        print(f"{len(indices)} of the {len(wanted)} {args.split} stars of the checkpoint are here")
         if not len(indices):
             raise DataError(
                 f"{args.data_dir}: none of the checkpoint's {args.split} stars is here; --split all scores others"
@@ -463,9 +490,8 @@ def train(args: argparse.Namespace) -> None:
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight)
 
     with history.claim_training_id(args.output_dir) as training_id:
-        record = begin_record(args, training_id, engine, prepared, splits)
+        record = begin_record(args, training_id, engine, prepared, splits, damaged)
         config = record["config"]
-        config["set_aside"] = damaged
         print(f"\n{config['model_architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
               f"on {config['device']} in {engine.precision}; {config['stars']}: {len(splits['train'])} to train, "
               f"{len(splits['validation'])} to validate, {len(splits['test'])} to test\n")  # fmt: skip
@@ -486,13 +512,14 @@ def conclude(
 ) -> list[Path]:
     """Evaluate the best checkpoint, append the run to the history, draw its plots; returns the files written."""
     final, training_id = record["final_metrics"], record["config"]["training_id"]
-    plots = output_dir / "plots"
-    files = [output_dir / "training_history.json", plots / f"training_plot_{training_id}.png"]
-    for part, key in (("validation", "val"), ("test", "test")):
-        if not len(splits[part]):
-            continue
-        evaluation = evaluate(engine, make_loader(prepared, splits[part], record["config"]["batch_size"]))
+    evaluations = {
+        part: evaluate(engine, make_loader(prepared, splits[part], record["config"]["batch_size"]))
+        for part in ("validation", "test")
+        if len(splits[part])
+    }
+    for part, evaluation in evaluations.items():
         scores, report = evaluation.scores(), evaluation.report()
+        key = "val" if part == "validation" else part
         final[f"final_{key}_accuracy"] = scores["accuracy"]
         for name in ("precision", "recall", "f1"):
             final[f"final_{key}_{name}_weighted"] = scores[name]
@@ -501,10 +528,16 @@ def conclude(
         stars = f"{len(splits[part])} {part} stars of {record['config']['stars']}"
         print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {stars}:\n\n{report}")
         print(f"within ± 1 subclass: {scores['within_one_subclass']:.3f}")
-        files.append(plots / f"confusion_matrix_{training_id}{'' if part == 'validation' else '_test'}.png")
-        history.plot_confusion_matrix(files[-1], evaluation.targets, evaluation.predictions, stars)
+
+    # The record first: it must not be lost if a plot cannot be drawn.
+    files = [output_dir / "training_history.json", output_dir / "plots" / f"training_plot_{training_id}.png"]
     history.append_to_history(files[0], record)
     history.plot_training(files[1], record)
+    for part, evaluation in evaluations.items():
+        suffix = "" if part == "validation" else f"_{part}"
+        files.append(output_dir / "plots" / f"confusion_matrix_{training_id}{suffix}.png")
+        title = f"{len(splits[part])} {part} stars of {record['config']['stars']}"
+        history.plot_confusion_matrix(files[-1], evaluation.targets, evaluation.predictions, title)
     return files
 
 
@@ -513,9 +546,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.evaluate:
         evaluate_checkpoint(args)
         return
-    if args.demo and not args.data_dir.exists():
+    if args.demo and args.data_dir.exists():
+        print(f"the simulated stars that are in {args.data_dir} already are used")
+    elif args.demo:
         simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
-    train(args)
+    try:
+        train(args)
+    except torch.OutOfMemoryError as error:
+        raise DataError("the GPU's memory is full; try a smaller --batch-size") from error
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
-def run_script(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, *arguments: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script as a user starts it, to its end."""
     return subprocess.run(
-        command(script, *arguments), env=os.environ | environment, capture_output=True, text=True, timeout=300
+        command(script, *arguments), cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
     )

@@ -31,9 +31,7 @@ SKYSERVER = "/dr16/SkyServerWS"
 # SDSS's files
 
 
-def make_spectrum_bytes(
-    star: Star, ra: float = 150.0, dec: float = 1.0, pixels: int = 3840, extensions: int = 3
-) -> bytes:
+def make_spectrum_bytes(star: Star, extensions: int = 3) -> bytes:
     """A FITS file laid out as SDSS's lite ones; `extensions` > 3 adds exposures, as in the full ones."""
     pixels = 3840
     random = np.random.default_rng(star.plate * 1000 + star.fiberID)

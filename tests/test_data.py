@@ -18,12 +18,16 @@ HEADER = "name,subclass,plate,mjd,fiberID"
 STAR = Star("a star", "M2", 618, 52049, 372)
 
 
-def write_spectrum(path: Path, loglam, flux, ivar, header=(("PLATEID", 618), ("MJD", 52049), ("FIBERID", 372))) -> Path:
-    """A spectrum of chosen pixels, in SDSS's format."""
+def star_header(**cards) -> tuple:
+    return tuple(({"PLATEID": 618, "MJD": 52049, "FIBERID": 372} | cards).items())
+
+
+def write_spectrum(path: Path, loglam, flux, ivar, header: tuple | None = None) -> Path:
+    """A spectrum of chosen pixels, in SDSS's format; STAR's unless a header says otherwise."""
     columns = [
         fits.Column(name, "E", array=array) for name, array in (("flux", flux), ("loglam", loglam), ("ivar", ivar))
     ]
-    primary = fits.PrimaryHDU(header=fits.Header(header))
+    primary = fits.PrimaryHDU(header=fits.Header(header or star_header()))
     fits.HDUList([primary, fits.BinTableHDU.from_columns(columns, name="COADD")]).writeto(path)
     return path
 
@@ -70,8 +74,19 @@ def test_columns_may_stand_in_any_order_after_a_byte_order_mark(tmp_path):
     assert [star[:5] for star in stars] == [("a", "M1", 618, 52049, 372)]
 
 
+def test_the_answer_of_skyserver_is_read_as_it_comes(tmp_path):
+    stars, _ = read(tmp_path, f"#Table1\n{HEADER}\na,M0,1,52000,1\n,,,,\n\nb,M1,1,52000,2\n")
+    assert [star.name for star in stars] == ["a", "b"]
+
+
+@pytest.mark.parametrize("cell, simulated", [("1", True), ("True", True), ("0", False), ("False", False), ("", False)])
+def test_the_catalogue_says_which_stars_are_simulated(tmp_path, cell, simulated):
+    stars, _ = read(tmp_path, f"{HEADER},simulated\na,M0,1,52000,1,{cell}\n")
+    assert stars[0].simulated is simulated
+
+
 def test_other_classes_and_repeated_rows_are_left_out_and_counted(tmp_path):
-    rows = ["a,M0,1,52000,1", "b,K7,1,52000,2", "c,M4.5:III (123657),1,52000,3", "a,M0,1,52000,1", "d,,1,52000,4"]
+    rows = ["a,M0,1,52000,1", "b,K7,,,", "c,M4.5:III (123657),1,52000,3", "a,M0,1,52000,1", "d,,1,52000,4"]
     stars, left_out = read(tmp_path, "\n".join([HEADER, *rows]))
     assert [star.name for star in stars] == ["a"]
     assert sum(left_out.values()) == 4 and any("K7" in reason for reason in left_out)
@@ -82,6 +97,8 @@ def test_other_classes_and_repeated_rows_are_left_out_and_counted(tmp_path):
     [
         ("", "the file is empty"),
         (HEADER, "no star of class"),
+        (f"{HEADER},name\na,M0,1,52000,1,b", "stands twice"),
+        (f"{HEADER}\na,M0,{'9' * 5000},52000,1", "column plate"),
         ("name,subclass,plate\na,M0,1", "column mjd, fiberID is missing"),
         ("name;subclass;plate;mjd;fiberID\na;M0;1;52000;1", "separated by commas"),
         (f"{HEADER}\na,M0,1,52000,1,extra,cells,here", "line 2: 8 cells where the header has 5 columns"),
@@ -213,11 +230,21 @@ def test_unusable_spectra_are_refused_with_the_reason(tmp_path, change, message)
     assert str(path) in str(error.value)
 
 
-def test_another_stars_spectrum_is_refused(tmp_path):
-    header = (("PLATEID", 618), ("MJD", 52049), ("FIBERID", 373))
-    path = write_spectrum(tmp_path / "a.fits", *flat_spectrum(), header=header)
+@pytest.mark.parametrize("other", [{"PLATEID": 619}, {"MJD": 52050}, {"FIBERID": 373}])
+def test_another_stars_spectrum_is_refused(tmp_path, other):
+    path = write_spectrum(tmp_path / "a.fits", *flat_spectrum(), header=star_header(**other))
     with pytest.raises(DataError, match="another star"):
         data.read_spectrum(path, STAR)
+
+
+def test_position_and_simulation_come_from_the_spectrum_where_the_catalogue_is_silent(tmp_path):
+    path = data.spectrum_path(tmp_path, STAR)
+    path.parent.mkdir(parents=True)
+    write_spectrum(path, *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-3.25, SIMULATD=True))
+    loaded = data.load_star(STAR, tmp_path, spectra=True, images=False)
+    assert (loaded.star.ra, loaded.star.dec, loaded.star.simulated) == (12.5, -3.25, True)
+    known = data.load_star(STAR._replace(ra=1.0, dec=2.0), tmp_path, spectra=True, images=False)
+    assert (known.star.ra, known.star.dec) == (1.0, 2.0)
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path):

@@ -121,7 +121,7 @@ def test_all_files_arrive_bit_for_bit_with_one_request_each(tmp_path, server):
     assert len(written_files(tmp_path)) == 12  # no failures file, no temporary file
     assert re.search(r"^all +6 +6 +6 +6$", output, re.MULTILINE)
     assert re.search(r"^M1 +2 +2 +2 +2$", output, re.MULTILINE)
-    assert output.splitlines()[-1] == f"All files are there. Next: python train.py --data-dir {tmp_path}"
+    assert output.splitlines()[-1] == f"All files of these stars are there. Next: python train.py --data-dir {tmp_path}"
     agents = {request.headers["User-Agent"] for request in server.requests}
     assert len(agents) == 1 and re.fullmatch(r"m-star-classification/1\.0 \(python-requests/[\d.]+\)", agents.pop())
 
@@ -587,7 +587,8 @@ def test_waiting_time_doubles_heeds_retry_after_and_is_bounded():
     waiting_time = download_sdss_data.waiting_time
     assert [waiting_time(attempt, 1.0) for attempt in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
     assert waiting_time(0, 1.0, "17") == 17
-    assert waiting_time(0, 1.0, "999999999") == 60
+    assert waiting_time(0, 1.0, "120") == 120
+    assert waiting_time(0, 1.0, "999999999") == 600
     assert 15 < waiting_time(0, 1.0, email.utils.formatdate(time.time() + 20, usegmt=True)) <= 20
     for nonsense in ("", " ", "soon", "-5", "9" * 5000, "Mon, 99 Foo 99999 99:99:99 GMT", "\x00"):
         assert 1 <= waiting_time(0, 1.0, nonsense) <= 60

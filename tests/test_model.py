@@ -2,12 +2,14 @@
 
 import hashlib
 import http.server
+import itertools
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 from loss_sic import contrastive_loss, loss_sic
 from model import FusionModel, ImageEncoder, SpecEncoder, contrastive_logits, load_checkpoint, save_checkpoint
@@ -28,10 +30,8 @@ def inputs(batch: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor,
 
 def test_full_size_network_has_the_papers_layers_and_takes_a_training_step():
     model = FusionModel()
-    resnet = torchvision.models.resnet152()
-    assert sum(p.numel() for p in model.image_encoder.model.parameters()) == sum(
-        p.numel() for name, p in resnet.named_parameters() if not name.startswith("fc.")
-    )
+    # 60,192,808 parameters of torchvision's resnet152, less its classifier's 2048 × 1000 + 1000.
+    assert sum(p.numel() for p in model.image_encoder.model.parameters()) == 60_192_808 - 2_049_000
     assert model.image_encoder.fc.weight.shape == (512, 2048)
     assert model.position_embedding.shape == (1, 1 + 32 + 4, 512)
     assert len(model.transformer.layers) == 8
@@ -42,17 +42,24 @@ def test_full_size_network_has_the_papers_layers_and_takes_a_training_step():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_parameter_names_are_the_authors():
-    names = set(FusionModel(image_backbone="resnet18").state_dict())
-    # Children of torchvision's ResNet, by place: 0 conv1, 1 bn1, 4…7 the four stages.
-    expected = {
-        "image_encoder.model.0.weight",
-        "image_encoder.model.4.0.conv1.weight",
-        "image_encoder.model.7.1.bn2.bias",
-    }
-    expected |= {f"image_encoder.fc.{kind}" for kind in ("weight", "bias")}
-    expected |= {f"spec_encoder.{layer}.{kind}" for layer in ("conv1", "conv5", "fc") for kind in ("weight", "bias")}
-    assert expected <= names
+def test_the_authors_encoder_weights_load():
+    """Their names and shapes: torchvision's ResNet without its last two children as `model`; conv1…5; fc."""
+    model = FusionModel(num_layers=1)
+    body = nn.Sequential(*list(torchvision.models.resnet152().children())[:-2])
+    image_weights = {f"model.{name}": value for name, value in body.state_dict().items()}
+    image_weights |= {"fc.weight": torch.rand(512, 2048), "fc.bias": torch.rand(512)}
+    channels = (1, 32, 64, 128, 256, 512)
+    spectrum_weights = {"fc.weight": torch.rand(512, 512), "fc.bias": torch.rand(512)}
+    for number, (inward, outward) in enumerate(itertools.pairwise(channels), start=1):
+        spectrum_weights |= {
+            f"conv{number}.weight": torch.rand(outward, inward, 4),
+            f"conv{number}.bias": torch.rand(outward),
+        }
+    model.image_encoder.load_state_dict(image_weights)
+    model.spec_encoder.load_state_dict(spectrum_weights)
+    names = model.state_dict()
+    assert torch.equal(names["spec_encoder.conv3.weight"], spectrum_weights["conv3.weight"])
+    assert torch.equal(names["image_encoder.model.7.2.conv3.weight"], image_weights["model.7.2.conv3.weight"])
 
 
 def test_spectrum_encoder_is_five_convolutions_and_two_poolings():
@@ -184,9 +191,14 @@ def test_image_weights_from_a_file(tmp_path):
     model = small_model(image_weights=tmp_path / "resnet18.pth")
     assert torch.equal(model.image_encoder.model[0].weight, resnet.conv1.weight)
     (tmp_path / "garbage.pth").write_bytes(b"no weights")
-    for name, message in (("absent.pth", "no such file"), ("garbage.pth", "not a file of PyTorch weights")):
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, message in (
+        ("absent", "no such file"),
+        ("garbage", "not a file of PyTorch weights"),
+        ("list", "not the weights"),
+    ):
         with pytest.raises(OSError, match=message):
-            small_model(image_weights=tmp_path / name)
+            small_model(image_weights=tmp_path / f"{name}.pth")
     with pytest.raises(OSError, match="not the weights of torchvision's resnet34"):
         FusionModel(image_backbone="resnet34", image_weights=tmp_path / "resnet18.pth")
 
@@ -230,9 +242,10 @@ def test_checkpoint_holds_all_that_rebuilds_the_network(tmp_path):
     model = small_model(modality="spectrum", num_heads=4).eval()
     save_checkpoint(tmp_path / "a.pth", model, epoch=3)
     again, checkpoint = load_checkpoint(tmp_path / "a.pth")
+    assert not again.training
     specs, _, _ = inputs(2)
     assert checkpoint["epoch"] == 3
-    assert torch.equal(again.eval()(specs, None)[1], model(specs, None)[1])
+    assert torch.equal(again(specs, None)[1], model(specs, None)[1])
     # Plain PyTorch reads it without executing anything.
     assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {
         "format",
@@ -240,3 +253,22 @@ def test_checkpoint_holds_all_that_rebuilds_the_network(tmp_path):
         "model_state",
         "epoch",
     }
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda checkpoint: checkpoint.pop("model_arguments"),
+        lambda checkpoint: checkpoint.pop("model_state"),
+        lambda checkpoint: checkpoint["model_arguments"].update(depth=3),
+        lambda checkpoint: checkpoint["model_arguments"].update(hidden_size=256),
+        lambda checkpoint: checkpoint["model_state"].popitem(),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, spoil):
+    save_checkpoint(tmp_path / "a.pth", small_model(modality="spectrum"))
+    checkpoint = torch.load(tmp_path / "a.pth", weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(OSError, match="its weights are not those of its network"):
+        load_checkpoint(tmp_path / "a.pth")

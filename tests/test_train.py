@@ -3,15 +3,18 @@
 import json
 import shutil
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from astropy.io import fits
 from common import command, run_script
 from PIL import Image
 
 import data
+import history
 import train
 from data import DataError, Star
 
@@ -116,8 +119,8 @@ def test_checkpoint_is_scored_alone_as_it_was_in_its_run(finished, stars_dir):
     path = finished[0] / "checkpoints" / f"best_model_{record['config']['training_id']}.pth"
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["config"]["class_names"] == list(data.CLASS_NAMES)
-    parts = checkpoint["splits"]
-    assert not set(parts["train"]) & set(parts["validation"]) and not set(parts["train"]) & set(parts["test"])
+    parts = {part: {star[0] for star in stars} for part, stars in checkpoint["splits"].items()}
+    assert not parts["train"] & parts["validation"] and not parts["train"] & parts["test"]
     for split, key in (("validation", "val"), ("test", "test")):
         done = run_script("train.py", "--evaluate", path, "--data-dir", stars_dir, "--split", split)
         assert done.returncode == 0, done.stderr
@@ -149,6 +152,43 @@ def test_two_runs_in_one_second_are_both_recorded(stars_dir, tmp_path):
     identifiers = {record["config"]["training_id"] for record in read_history(tmp_path)}
     assert len(identifiers) == 2
     assert {path.stem for path in (tmp_path / "checkpoints").glob("*.pth")} == {f"best_model_{i}" for i in identifiers}
+
+
+def test_a_directory_new_to_the_checkpoint_is_scored_whole(finished, tmp_path):
+    path = next((finished[0] / "checkpoints").glob("*.pth"))
+    assert run_script("simulate_sdss_data.py", tmp_path / "new", "--per-class", 2, "--seed", 8).returncode == 0
+    done = run_script("train.py", "--evaluate", path, "--data-dir", tmp_path / "new", "--split", "all")
+    assert done.returncode == 0 and "on 10 SIMULATED stars" in done.stdout and "flatters" not in done.stdout
+    done = run_script("train.py", "--evaluate", path, "--data-dir", tmp_path / "new")
+    assert done.returncode == 1 and "none of the checkpoint's validation stars is here" in done.stderr
+
+
+def test_demo_makes_its_stars_once_and_keeps_to_its_directory(tmp_path):
+    for expected in ("SIMULATED", "already are used"):
+        done = run_script("train.py", "--demo", "--epochs", 1, "--image-backbone", "resnet18", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout and "demo/training_history.json" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert [run["config"]["stars"] for run in read_history(tmp_path / "demo")] == ["250 SIMULATED stars"] * 2
+
+
+def test_stars_without_a_position_in_the_catalogue_are_told_apart_by_their_spectra(own_stars_dir, tmp_path):
+    """Each star twice, under two names and on two nights: both rows in one part, by PLUG_RA and PLUG_DEC."""
+    stars, _ = data.read_catalog(own_stars_dir / "objects.csv")
+    rows = ["name,subclass,plate,mjd,fiberID"]
+    for star in stars:
+        again = star._replace(name=f"again {star.name}", mjd=star.mjd + 1)
+        shutil.copy(data.cutout_path(own_stars_dir, star), data.cutout_path(own_stars_dir, again))
+        with fits.open(data.spectrum_path(own_stars_dir, star)) as hdus:
+            hdus[0].header["MJD"] = again.mjd
+            hdus.writeto(data.spectrum_path(own_stars_dir, again))
+        rows += [",".join(map(str, row[:5])) for row in (star, again)]
+    (own_stars_dir / "objects.csv").write_text("\n".join(rows))
+    prepared, damaged = train.read_stars(own_stars_dir, "fusion", num_workers=0)
+    assert len(prepared.stars) == 10 * PER_CLASS and not damaged
+    splits = train.split_stars(prepared, 0.2, 0.2, seed=0)
+    fibers = {part: {(prepared.stars[i].plate, prepared.stars[i].fiberID) for i in splits[part]} for part in splits}
+    assert not fibers["train"] & fibers["validation"] and not fibers["train"] & fibers["test"]
 
 
 # Stars that are missing or damaged
@@ -188,26 +228,15 @@ def keep_one_star_of(stars_dir: Path, subclass: str) -> None:
 @pytest.mark.parametrize(
     "spoil, options, message",
     [
-        (lambda d: (d / "objects.csv").unlink(), (), "objects.csv: no such file"),
         (lambda d: (d / "objects.csv").write_text("name,plate\n"), (), "column subclass, mjd, fiberID is missing"),
         (lambda d: shutil.rmtree(d / "spectra"), (), "python download_sdss_data.py --data-dir"),
         (lambda d: keep_one_star_of(d, "M3"), (), "class M3 has 1 usable star"),
         (lambda d: None, ("--validation-split", "0.02"), "cannot be split"),
-        (lambda d: None, ("--device", "cuda"), "--device cuda"),
-        (lambda d: None, ("--image-weights", "absent.pth"), "absent.pth: no such file"),
         (lambda d: None, ("--image-weights", "imagenet"), "--image-weights none"),
         (lambda d: None, ("--epochs", "0"), "argument --epochs"),
-        (lambda d: None, ("--learning-rate", "-1"), "argument --learning-rate"),
-        (lambda d: None, ("--learning-rate", "nan"), "argument --learning-rate"),
-        (lambda d: None, ("--validation-split", "1.5"), "argument --validation-split"),
-        (lambda d: None, ("--validation-split", "0.6", "--test-split", "0.5"), "leave no star to train on"),
-        (lambda d: None, ("--modality", "both"), "argument --modality"),
-        (lambda d: None, ("--evaluate", "absent.pth"), "absent.pth: no such file"),
     ],
 )
-def test_bad_input_gets_one_line(own_stars_dir, tmp_path, spoil, options, message):
-    if "cuda" in options and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+def test_bad_input_gets_one_line_and_nothing_is_written(own_stars_dir, tmp_path, spoil, options, message):
     spoil(own_stars_dir)
     done = run_script(
         "train.py", "--data-dir", own_stars_dir, "--output-dir", tmp_path / "out", *SMALL, *options,
@@ -219,25 +248,93 @@ def test_bad_input_gets_one_line(own_stars_dir, tmp_path, spoil, options, messag
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--learning-rate", "-1"), "argument --learning-rate"),
+        (("--learning-rate", "nan"), "argument --learning-rate"),
+        (("--batch-size", "2.5"), "argument --batch-size"),
+        (("--seed", "-1"), "argument --seed"),
+        (("--validation-split", "1.5"), "argument --validation-split"),
+        (("--validation-split", "0.6", "--test-split", "0.5"), "leave no star to train on"),
+        (("--modality", "both"), "argument --modality"),
+        (("--sic-weight", "inf"), "argument --sic-weight"),
+    ],
+)
+def test_impossible_options_are_refused(capsys, options, message):
+    with pytest.raises(SystemExit) as exit_:
+        train.main(list(options))
+    assert exit_.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(DataError, match="--device cuda"):
+        train.choose_device("cuda")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(tmp_path):
+    prepared = many_stars(5)._replace(spectra=torch.full((25, data.SPECTRUM_LENGTH), torch.nan))
+    engine = train.Engine(train.FusionModel(modality="spectrum", num_layers=1), torch.device("cpu"), "fp32", 1.0)
+    config = {"num_epochs": 2, "batch_size": 8, "learning_rate": 1e-4, "random_seed": 0}
+    record = {"config": config, "epoch_metrics": {name: [] for name in history.EPOCH_METRICS}, "final_metrics": {}}
+    splits = train.split_stars(prepared, 0.2, 0.0, seed=0)
+    with pytest.raises(DataError, match="not finite in epoch 1.*--learning-rate"):
+        train.fit(engine, prepared, splits, record, tmp_path / "best.pth")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_programs_checkpoints_are_refused(finished, stars_dir, tmp_path):
     whole = next((finished[0] / "checkpoints").glob("*.pth")).read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pth").write_text("not weights")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
     torch.save(Path("."), tmp_path / "pickle.pth")  # would execute code if it were unpickled
-    for name, message in (("cut", "damaged"), ("text", "damaged"), ("other", "of this program"), ("pickle", "damaged")):
-        done = run_script("train.py", "--evaluate", tmp_path / f"{name}.pth", "--data-dir", stars_dir)
-        assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
-        assert f"{name}.pth" in done.stderr and message in done.stderr
+    messages = {
+        "cut": "damaged",
+        "text": "damaged",
+        "pickle": "damaged",
+        "other": "of this program",
+        "none": "no such file",
+    }
+    for name, message in messages.items():
+        with pytest.raises(OSError, match=rf"{name}\.pth: .*{message}"):
+            train.main(["--evaluate", str(tmp_path / f"{name}.pth"), "--data-dir", str(stars_dir)])
+    done = run_script("train.py", "--evaluate", tmp_path / "other.pth", "--data-dir", stars_dir)
+    assert done.returncode == 1 and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
 
 
-def test_a_damaged_history_is_kept_under_another_name(stars_dir, tmp_path):
-    history = tmp_path / "training_history.json"
-    history.write_text('[{"config": {"training_id": "2025', encoding="utf-8")
-    done = run_training(stars_dir, tmp_path, "--modality", "spectrum", "--epochs", 1)
-    kept = list(tmp_path.glob("training_history.damaged-*.json"))
-    assert len(kept) == 1 and kept[0].read_text(encoding="utf-8") == '[{"config": {"training_id": "2025'
-    assert kept[0].name in done.stderr and len(read_history(tmp_path)) == 1
+@pytest.mark.parametrize("content", ['[{"config": {"training_id": "2025', "{}", "[" * 100_000, "", "\udcff"])
+def test_a_damaged_history_is_kept_under_another_name(tmp_path, capsys, content):
+    path = tmp_path / "training_history.json"
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    damaged = path.read_bytes()
+    history.append_to_history(path, {"config": {"training_id": "20261123_120000"}})
+    kept = tmp_path / "training_history.damaged-20261123_120000.json"
+    assert kept.read_bytes() == damaged and kept.name in capsys.readouterr().err
+    assert read_history(tmp_path) == [{"config": {"training_id": "20261123_120000"}}]
+
+
+def test_runs_of_other_programs_stay_in_the_history(tmp_path):
+    """json.dump writes NaN where it should not, and readers of Python take it: so do we."""
+    path = tmp_path / "training_history.json"
+    path.write_text('[{"epoch_metrics": {"val_loss": [NaN]}}]')
+    history.append_to_history(path, {"config": {"training_id": "20261123_120000"}})
+    assert len(read_history(tmp_path)) == 2 and np.isnan(read_history(tmp_path)[0]["epoch_metrics"]["val_loss"][0])
+
+
+def test_training_ids_of_one_second_differ(tmp_path, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 11, 23, 12, 0, 0)
+
+    monkeypatch.setattr(history, "datetime", Clock)
+    with history.claim_training_id(tmp_path) as first, history.claim_training_id(tmp_path) as second:
+        assert (first, second) == ("20261123_120000", "20261123_120000_2")
+        (tmp_path / "checkpoints" / f"best_model_{first}.pth").touch()
+    with history.claim_training_id(tmp_path) as third:
+        assert third == second  # never used: its run left nothing
 
 
 def test_help_shows_defaults_and_examples():
@@ -300,6 +397,11 @@ def test_a_split_that_cannot_be_made_is_refused():
         train.split_stars(prepared, 0.2, 0.0, seed=0)
     with pytest.raises(DataError, match="every class needs at least 3"):
         train.split_stars(prepared, 0.5, 0.2, seed=0)
+    prepared = many_stars(20)
+    kept = np.array([i for i, star in enumerate(prepared.stars) if star.subclass != "M4" or star.fiberID <= 2])
+    few = train.PreparedStars([prepared.stars[i] for i in kept], None, None, prepared.targets[kept])
+    with pytest.raises(DataError, match="no M4 star in the train part"):
+        train.split_stars(few, 0.9, 0.0, seed=0)
 
 
 # Figures
@@ -318,13 +420,23 @@ def test_scores_are_weighted_by_class_frequency():
     assert scores["within_one_subclass"] == pytest.approx(5 / 6)
 
 
-def test_loss_is_averaged_over_stars_not_batches():
+def test_losses_are_averaged_over_stars_not_batches():
     torch.manual_seed(0)
-    model = train.FusionModel(modality="spectrum", num_layers=1)
+    model = train.FusionModel(modality="spectrum", num_layers=1, dropout=0.0)
     prepared = many_stars(5)._replace(spectra=torch.rand(25, data.SPECTRUM_LENGTH))
     engine = train.Engine(model, torch.device("cpu"), "fp32", sic_weight=1.0)
     losses = [train.evaluate(engine, train.make_loader(prepared, np.arange(25), size)).loss for size in (25, 8)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    optimizer, scheduler = train.make_optimizer(model, 1e-30, epochs=10, steps_per_epoch=4)  # nothing moves
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    loader = train.make_loader(prepared, np.arange(25), 8, shuffle_seed=0)
+    assert train.train_one_epoch(engine, loader, optimizer, scheduler, "") == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_spectra_are_brought_to_mean_zero_and_deviation_one():
+    prepared = many_stars(5)._replace(spectra=torch.full((25, data.SPECTRUM_LENGTH), 1.8))
+    spectra, _, _ = train.StarDataset(prepared, np.arange(25)).__getitems__([0, 1])
+    assert spectra.shape == (2, 3522) and spectra.numpy() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_images_are_normalised_as_imagenet():
