@@ -1,5 +1,4 @@
-"""A star's catalogue row and its two files: where they lie, how they are read and checked,
-and what the network gets of them.
+"""A star's catalogue row and its two files: where they lie, how they are read, checked and prepared.
 
     data directory/
         objects.csv                                     name, subclass, plate, mjd, fiberID [, ra, dec, …]
@@ -76,7 +75,9 @@ FIRST_BOSS_PLATE = 3523
 SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
 
 # What astropy and Pillow raise on files that are damaged or something else.
-_FITS_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, fits.VerifyError)
+_FITS_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, fits.VerifyError
+)  # fmt: skip
 _JPEG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -365,6 +366,8 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
     except _FITS_ERRORS as error:
         raise DataError(f"{path}: not an SDSS spectrum ({type(error).__name__}: {_first_line(error)})") from error
 
+    if not (0 <= ra <= 360 and -90 <= dec <= 90):
+        ra = dec = float("nan")
     if stated != {key: wanted[key] for key in stated}:
         raise DataError(f"{path}: holds the spectrum of another star ({stated}, not {wanted})")
     if any(column.ndim != 1 or not column.size for column in columns.values()):
@@ -417,11 +420,11 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-# What the network gets
+# Preparing
 
 
 def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:
-    """The network's input: (3522,) float32, 4000–9000 Å on the SDSS grid, in units of the median flux.
+    """(3522,) float32: 4000–9000 Å on the SDSS grid, in units of the median flux.
 
     Bad pixels (ivar = 0, not finite, or absent) are interpolated from their neighbours; neither the
     median nor the clipping lets one wild pixel set the scale. Raises DataError if more than half of
@@ -474,18 +477,24 @@ class LoadedStar(NamedTuple):
 
 def load_star(star: Star, data_dir: Path, *, spectra: bool, images: bool) -> LoadedStar:
     """Read and prepare a star's spectrum and cutout, as far as they are wanted."""
-    paths = {"spectrum": spectra and spectrum_path(data_dir, star), "image": images and cutout_path(data_dir, star)}
-    missing = [f"no {kind}" for kind, path in paths.items() if path and not path.exists()]
+    paths = {"spectrum": spectrum_path(data_dir, star), "image": cutout_path(data_dir, star)}
+    wanted = {"spectrum": spectra, "image": images}
+    missing = [f"no {kind}" for kind, path in paths.items() if wanted[kind] and not path.exists()]
     if missing:
         return LoadedStar(star, missing=", ".join(missing))
     prepared = None
     try:
-        if spectra:
+        # A spectrum that is not wanted still tells where its star is, and whether it is simulated.
+        if paths["spectrum"].exists():
             spectrum = read_spectrum(paths["spectrum"], star)
-            prepared = prepare_spectrum(spectrum)
+            prepared = prepare_spectrum(spectrum) if spectra else None
             star = star._replace(simulated=star.simulated or spectrum.simulated)
             if not (math.isfinite(star.ra) and math.isfinite(star.dec)):
                 star = star._replace(ra=spectrum.ra, dec=spectrum.dec)
+    except DataError as error:
+        if spectra:
+            return LoadedStar(star, damage=str(error))
+    try:
         return LoadedStar(star, prepared, load_cutout(data_dir, star) if images else None)
     except DataError as error:
         return LoadedStar(star, damage=str(error))

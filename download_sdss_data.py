@@ -18,6 +18,7 @@ their limits of 64 and 2048 pixels, https://skyserver.sdss.org/dr16/en/help/docs
 import argparse
 import contextlib
 import csv
+import math
 import queue
 import sys
 import threading
@@ -170,7 +171,7 @@ def cutout_file(star: Star, spectrum: Spectrum | None, args: argparse.Namespace)
     """The star's cutout, at the catalogue's position or else at that in its spectrum."""
     options = {"size": args.image_size, "scale": args.image_scale, "skyserver_url": args.skyserver_url}
     positions = [(source.ra, source.dec) for source in (star, spectrum) if source is not None]
-    urls = [cutout_url(ra, dec, **options) for ra, dec in positions if 0 <= ra <= 360 and -90 <= dec <= 90]
+    urls = [cutout_url(ra, dec, **options) for ra, dec in positions if math.isfinite(ra) and math.isfinite(dec)]
     return File(star, "cutout", data.cutout_path(args.data_dir, star), tuple(urls[:1]))
 
 

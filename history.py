@@ -81,7 +81,8 @@ def plot_training(path: Path, record: dict) -> None:
         right.plot(
             epochs, metrics[f"val_{name}"], f"{marker}-", markersize=4, alpha=0.8, label=name.replace("f1", "F1")
         )
-    right.axhline(1 / len(CLASS_NAMES), color="gray", linestyle=":", label="guessing")
+    stars = config["stars_by_class_and_split"]["validation"].values()
+    right.axhline(max(stars) / sum(stars), color="gray", linestyle=":", label="accuracy of one class for all")
     right.set(xlabel="epoch", ylabel="validation score (weighted)", ylim=(0, 1.02))
     for axes in (left, right):
         axes.axvline(best, color="black", linestyle="--", linewidth=0.8, label=f"best epoch ({best})")
@@ -116,13 +117,16 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with "+changes" if files differ from it; None outside a git checkout."""
-    git = ("git", "-C", str(Path(__file__).parent))
+    """The commit of this code, with "+changes" if its files differ from it; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
         # The repository around this file need not be the one that this file belongs to.
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changes = git("status", "--porcelain", "-uno", "--", "*.py")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return commit + ("+changes" if status.stdout else "")

@@ -21,6 +21,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+# Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# The same of spectra over their median: over the pixels of real M0–M4 dwarfs' mean spectra between 4000
+# and 9000 Å (Kesseli et al. 2017, ApJS 230, 16).
+SPECTRUM_MEAN, SPECTRUM_STD = 1.1, 0.7
+
 MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TEMPERATURE = 0.07  # of the contrastive logits; the authors' fixed value
@@ -29,6 +36,17 @@ INIT_STD = 0.02  # standard deviation of ViLT's initial weights and embeddings
 # What torch.load raises on files that are damaged or something else.
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train.py wrote
+
+
+def normalise_spectra(spectra: Tensor) -> Tensor:
+    """(B, 3522) in units of the median flux, as data.py prepares them → the network's `specs`."""
+    return (spectra - SPECTRUM_MEAN) / SPECTRUM_STD
+
+
+def normalise_images(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8, as data.py prepares them → the network's `imgs`, in the channels-last layout."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 class ImageEncoder(nn.Module):
@@ -90,7 +108,7 @@ class FusionModel(nn.Module):
         image_weights: None for random weights, "imagenet" for torchvision's (downloaded once), or the
             path of a file in torchvision's format. Raises OSError when they cannot be had.
 
-    forward: specs (B, 3522) float, imgs (B, 3, 128, 128) float, B ≥ 1, on the model's device →
+    forward: specs (B, 3522) float, imgs (B, 3, 128, 128) float, normalised, B ≥ 1, on the model's device →
         align_logits (B, B): cosine of image i and spectrum j over the temperature; None unless "fusion";
         fuse_logits (B, num_classes): the classes, from the Transformer's [CLS] output.
     """

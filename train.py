@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,15 +34,16 @@ import data
 import history
 from data import CLASS_NAMES, DataError, Star
 from loss_sic import loss_sic
-from model import IMAGE_BACKBONES, MODALITIES, FusionModel, load_checkpoint, save_checkpoint
+from model import (
+    IMAGE_BACKBONES,
+    MODALITIES,
+    FusionModel,
+    load_checkpoint,
+    normalise_images,
+    normalise_spectra,
+    save_checkpoint,
+)
 from simulate_sdss_data import simulate
-
-# Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-# The same for spectra over their median: of the pixels of real M0–M4 dwarfs' mean spectra between 4000
-# and 9000 Å (Kesseli et al. 2017, ApJS 230, 16).
-SPECTRUM_MEAN, SPECTRUM_STD = 1.1, 0.7
 
 WARMUP_EPOCHS = 2
 WEIGHT_DECAY = 0.01
@@ -74,13 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="fraction of the stars that chooses the checkpoint",
     )
     add("--test-split", type=number(float, 0, 0.999), default=0.0, help="fraction held out from every choice")
-    add(
-        "--seed",
-        dest="random_seed",
-        type=number(int, 0, 2**32 - 1),
-        default=42,
-        help="of split, weights, order and dropout",
-    )
+    add("--seed", dest="random_seed", type=number(int, 0, 2**32 - 1), default=42, help="of all that is drawn")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
     add(
@@ -136,8 +131,8 @@ class PreparedStars(NamedTuple):
     targets: Tensor  # (N,) int64, indices into CLASS_NAMES
 
 
-def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[PreparedStars, list[str]]:
-    """The usable stars of a data directory, after telling what is in it; and what is wrong with damaged files."""
+def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[PreparedStars, dict[str, Any]]:
+    """The usable stars of a data directory, after telling what is in it; and what could not be used, and why."""
     stars, left_out = data.read_catalog(data.catalog_path(data_dir))
     for reason, count in left_out.items():
         print(f"{count} row(s) of the catalogue left out: {reason}")
@@ -158,7 +153,11 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
         images=None if modality == "spectrum" else torch.from_numpy(np.stack(images)),
         targets=torch.tensor([CLASS_NAMES.index(entry.star.subclass) for entry in usable]),
     )
-    return prepared, [entry.damage for entry in loaded if entry.damage]
+    return prepared, {
+        "rows_left_out": dict(left_out),
+        "stars_missing": dict(Counter(f"{entry.star.subclass}: {entry.missing}" for entry in loaded if entry.missing)),
+        "set_aside": [entry.damage for entry in loaded if entry.damage],
+    }
 
 
 def report_usable(loaded: list[data.LoadedStar]) -> None:
@@ -191,16 +190,10 @@ class StarDataset(Dataset):
         chosen = self.indices[positions]
         spectra, images, targets = self.prepared.spectra, self.prepared.images, self.prepared.targets
         return (
-            None if spectra is None else (spectra[chosen] - SPECTRUM_MEAN) / SPECTRUM_STD,
+            None if spectra is None else normalise_spectra(spectra[chosen]),
             None if images is None else normalise_images(images[chosen]),
             targets[chosen],
         )
-
-
-def normalise_images(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 → float32 with ImageNet's mean and deviation, in the channels-last layout."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def make_loader(
@@ -301,11 +294,7 @@ def train_one_epoch(
 class Evaluation(NamedTuple):
     loss: float  # mean, by star
     targets: np.ndarray  # (N,) class indices
-    probabilities: np.ndarray  # (N, 5)
-
-    @property
-    def predictions(self) -> np.ndarray:
-        return self.probabilities.argmax(axis=1)
+    predictions: np.ndarray  # (N,) class indices
 
     def scores(self) -> dict[str, float]:
         """Accuracy; precision, recall and F1 weighted by class frequency; fraction within ± 1 subclass."""
@@ -331,13 +320,13 @@ class Evaluation(NamedTuple):
 def evaluate(engine: Engine, loader: DataLoader, description: str = "evaluating") -> Evaluation:
     """One pass over a loader's stars, in its order, without training."""
     engine.model.eval()
-    total, targets_seen, probabilities = 0.0, [], []
+    total, targets_seen, predictions = 0.0, [], []
     for spectra, images, targets in engine.batches(loader, description):
         loss, logits = engine.loss(spectra, images, targets)
         total += loss.item() * len(targets)
         targets_seen.append(targets.cpu())
-        probabilities.append(logits.softmax(dim=1).cpu())
-    return Evaluation(total / len(loader.dataset), torch.cat(targets_seen).numpy(), torch.cat(probabilities).numpy())
+        predictions.append(logits.argmax(dim=1).cpu())
+    return Evaluation(total / len(loader.dataset), torch.cat(targets_seen).numpy(), torch.cat(predictions).numpy())
 
 
 def make_optimizer(
@@ -403,11 +392,12 @@ def begin_record(
     engine: Engine,
     prepared: PreparedStars,
     splits: dict[str, np.ndarray],
-    set_aside: list[str],
+    not_used: dict[str, Any],
 ) -> dict:
     """A run's record in training_history.json, before its first epoch: every option, and what they came to."""
     image = args.image_backbone if engine.model.image_encoder is not None else None
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    del options["evaluate"], options["split"]  # of the other command
     config = {
         "training_id": training_id,
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -432,7 +422,7 @@ def begin_record(
             part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
             for part, indices in splits.items()
         },
-        "set_aside": set_aside,
+        **not_used,
         "versions": history.library_versions(),
         "git_commit": history.git_commit(),
     }
@@ -460,15 +450,18 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
             print(f"note: the checkpoint was trained on, or chosen by, {seen} of these stars: the score flatters it")
     else:
         wanted = {star.spectrum_id for star in parts[args.split]}
+        if not wanted:
+            raise DataError(f"{args.evaluate}: its run held out no {args.split} stars (train.py --test-split 0.1 does)")
         indices = np.flatnonzero([star.spectrum_id in wanted for star in prepared.stars])
         print(f"{len(indices)} of the {len(wanted)} {args.split} stars of the checkpoint are here")
         if not len(indices):
             raise DataError(
                 f"{args.data_dir}: none of the checkpoint's {args.split} stars is here; --split all scores others"
             )
-    evaluation = evaluate(engine, make_loader(prepared, indices, args.batch_size))
+    # The run's own batch size: the contrastive loss is larger the more stars there are to tell apart.
+    evaluation = evaluate(engine, make_loader(prepared, indices, config["batch_size"]))
     print(f"\n{args.evaluate}, epoch {checkpoint['epoch']}, on {data.describe([prepared.stars[i] for i in indices])}")
-    print(f"({args.split}; trained on {config['stars']})\n")
+    print(f"({args.split}; trained on {len(parts['train'])} of {config['stars']})\n")
     print(evaluation.report())
     print(
         f"loss {evaluation.loss:.3f}  "
@@ -481,7 +474,7 @@ def train(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     torch.manual_seed(args.random_seed)
     torch.backends.cudnn.benchmark = True
-    prepared, damaged = read_stars(args.data_dir, args.modality, args.num_workers)
+    prepared, not_used = read_stars(args.data_dir, args.modality, args.num_workers)
     splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
     weights = None if args.image_weights == "none" or args.modality == "spectrum" else args.image_weights
     model = FusionModel(
@@ -490,7 +483,7 @@ def train(args: argparse.Namespace) -> None:
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight)
 
     with history.claim_training_id(args.output_dir) as training_id:
-        record = begin_record(args, training_id, engine, prepared, splits, damaged)
+        record = begin_record(args, training_id, engine, prepared, splits, not_used)
         config = record["config"]
         print(f"\n{config['model_architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
               f"on {config['device']} in {engine.precision}; {config['stars']}: {len(splits['train'])} to train, "
@@ -547,7 +540,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate_checkpoint(args)
         return
     if args.demo and args.data_dir.exists():
-        print(f"the simulated stars that are in {args.data_dir} already are used")
+        print(f"{args.data_dir} is there already: its stars are used as they are; delete it for new ones")
     elif args.demo:
         simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
     try:

@@ -243,6 +243,9 @@ def test_position_and_simulation_come_from_the_spectrum_where_the_catalogue_is_s
     write_spectrum(path, *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-3.25, SIMULATD=True))
     loaded = data.load_star(STAR, tmp_path, spectra=True, images=False)
     assert (loaded.star.ra, loaded.star.dec, loaded.star.simulated) == (12.5, -3.25, True)
+    path.unlink()
+    write_spectrum(path, *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-999.0))
+    assert np.isnan(data.read_spectrum(path, STAR).dec)
     known = data.load_star(STAR._replace(ra=1.0, dec=2.0), tmp_path, spectra=True, images=False)
     assert (known.star.ra, known.star.dec) == (1.0, 2.0)
 

@@ -17,6 +17,7 @@ import data
 import history
 import train
 from data import DataError, Star
+from model import normalise_images
 
 SMALL = ("--image-backbone", "resnet18", "--image-weights", "none", "--batch-size", "16", "--num-workers", "2")
 PER_CLASS = 12
@@ -164,7 +165,7 @@ def test_a_directory_new_to_the_checkpoint_is_scored_whole(finished, tmp_path):
 
 
 def test_demo_makes_its_stars_once_and_keeps_to_its_directory(tmp_path):
-    for expected in ("SIMULATED", "already are used"):
+    for expected in ("SIMULATED", "its stars are used as they are"):
         done = run_script("train.py", "--demo", "--epochs", 1, "--image-backbone", "resnet18", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout and "demo/training_history.json" in done.stdout
@@ -184,11 +185,13 @@ def test_stars_without_a_position_in_the_catalogue_are_told_apart_by_their_spect
             hdus.writeto(data.spectrum_path(own_stars_dir, again))
         rows += [",".join(map(str, row[:5])) for row in (star, again)]
     (own_stars_dir / "objects.csv").write_text("\n".join(rows))
-    prepared, damaged = train.read_stars(own_stars_dir, "fusion", num_workers=0)
-    assert len(prepared.stars) == 10 * PER_CLASS and not damaged
-    splits = train.split_stars(prepared, 0.2, 0.2, seed=0)
-    fibers = {part: {(prepared.stars[i].plate, prepared.stars[i].fiberID) for i in splits[part]} for part in splits}
-    assert not fibers["train"] & fibers["validation"] and not fibers["train"] & fibers["test"]
+    for modality in ("fusion", "image"):
+        prepared, not_used = train.read_stars(own_stars_dir, modality, num_workers=0)
+        assert len(prepared.stars) == 10 * PER_CLASS and not not_used["set_aside"]
+        assert all(star.simulated for star in prepared.stars)  # their FITS headers say it, the catalogue does not
+        splits = train.split_stars(prepared, 0.2, 0.2, seed=0)
+        fibers = {part: {(prepared.stars[i].plate, prepared.stars[i].fiberID) for i in splits[part]} for part in splits}
+        assert not fibers["train"] & fibers["validation"] and not fibers["train"] & fibers["test"]
 
 
 # Stars that are missing or damaged
@@ -211,7 +214,9 @@ def test_missing_and_damaged_stars_are_counted_named_and_set_aside(own_stars_dir
     table = {line.split()[0]: line.split()[1:] for line in lines}
     assert table["all"] == ["60", "55", "3", "1", "1"]  # listed, used, damaged, no image, no spectrum
     assert table["M2"] == ["12", "11", "1", "0", "0"] and table["M0"] == ["12", "11", "0", "0", "1"]
-    set_aside = read_history(tmp_path)[0]["config"]["set_aside"]
+    config = read_history(tmp_path)[0]["config"]
+    assert config["stars_missing"] == {"M0: no spectrum": 1, "M1: no image": 1} and config["rows_left_out"] == {}
+    set_aside = config["set_aside"]
     for path, reason in ((broken, "truncated"), (torn, "JPEG"), (by_class["M4"][0].spectrum_id, "another star")):
         assert sum(str(path) in line and reason in line for line in set_aside) == 1
         assert any(str(path) in line for line in done.stdout.splitlines())
@@ -409,7 +414,7 @@ def test_a_split_that_cannot_be_made_is_refused():
 
 def test_scores_are_weighted_by_class_frequency():
     targets, predictions = np.array([0, 0, 0, 1, 1, 4]), np.array([0, 0, 1, 1, 2, 0])
-    scores = train.Evaluation(0.0, targets, np.eye(5)[predictions]).scores()
+    scores = train.Evaluation(0.0, targets, predictions).scores()
     precision = {0: 2 / 3, 1: 1 / 2, 4: 0.0}
     recall = {0: 2 / 3, 1: 1 / 2, 4: 0.0}
     frequency = {0: 3 / 6, 1: 2 / 6, 4: 1 / 6}
@@ -442,7 +447,7 @@ def test_spectra_are_brought_to_mean_zero_and_deviation_one():
 def test_images_are_normalised_as_imagenet():
     images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     images[0, 1] = 255
-    normalised = train.normalise_images(images)
+    normalised = normalise_images(images)
     assert normalised[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229)
     assert normalised[0, 1, 0, 0].item() == pytest.approx((1 - 0.456) / 0.224)
 
