@@ -432,9 +432,9 @@ def begin_record(
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """--evaluate: score a checkpoint on its validation or test stars, or on a directory new to it."""
     model, checkpoint = load_checkpoint(args.evaluate)
-    if checkpoint["config"]["class_names"] != list(CLASS_NAMES):
-        raise DataError(f"{args.evaluate}: made for other classes ({', '.join(checkpoint['config']['class_names'])})")
     config = checkpoint["config"]
+    if config["class_names"] != list(CLASS_NAMES):
+        raise DataError(f"{args.evaluate}: made for other classes ({', '.join(config['class_names'])})")
     parts = {part: [Star(*row) for row in rows] for part, rows in checkpoint["splits"].items()}
     device = choose_device(args.device)
     model = model.to(device, memory_format=torch.channels_last)
@@ -505,6 +505,7 @@ def conclude(
 ) -> list[Path]:
     """Evaluate the best checkpoint, append the run to the history, draw its plots; returns the files written."""
     final, training_id = record["final_metrics"], record["config"]["training_id"]
+    stars = {part: f"{len(splits[part])} {part} stars of {record['config']['stars']}" for part in splits}
     evaluations = {
         part: evaluate(engine, make_loader(prepared, splits[part], record["config"]["batch_size"]))
         for part in ("validation", "test")
@@ -518,8 +519,7 @@ def conclude(
             final[f"final_{key}_{name}_weighted"] = scores[name]
         final[f"final_{key}_within_one_subclass"] = scores["within_one_subclass"]
         record["classification_report" if part == "validation" else "test_classification_report"] = report
-        stars = f"{len(splits[part])} {part} stars of {record['config']['stars']}"
-        print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {stars}:\n\n{report}")
+        print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {stars[part]}:\n\n{report}")
         print(f"within ± 1 subclass: {scores['within_one_subclass']:.3f}")
 
     # The record first: it must not be lost if a plot cannot be drawn.
@@ -529,8 +529,7 @@ def conclude(
     for part, evaluation in evaluations.items():
         suffix = "" if part == "validation" else f"_{part}"
         files.append(output_dir / "plots" / f"confusion_matrix_{training_id}{suffix}.png")
-        title = f"{len(splits[part])} {part} stars of {record['config']['stars']}"
-        history.plot_confusion_matrix(files[-1], evaluation.targets, evaluation.predictions, title)
+        history.plot_confusion_matrix(files[-1], evaluation.targets, evaluation.predictions, stars[part])
     return files
 
 
