@@ -3,7 +3,7 @@ Photometric Image" (PASP 2023): a ResNet-152 for the image, a 1D-CNN for the spe
 Transformer that reads the tokens of both behind a [CLS] token.
 
     model = FusionModel()                                    # downloads nothing
-    align_logits, fuse_logits = model(specs, imgs)           # (B, 3522), (B, 3, 128, 128)
+    align_logits, fuse_logits = model(specs, imgs)           # (B, 3522), (B, 3, 128, 128), as data.py prepares them
 
 The encoders follow, layer by layer and name by name, the authors' code
 (https://github.com/Gajiln/Spectrum-Image-Star-Classification), so that their trained encoder weights
@@ -21,30 +21,29 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from data import SPECTRUM_LENGTH
+
 # Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# The same of spectra over their median: over the pixels of real M0–M4 dwarfs' mean spectra between 4000
-# and 9000 Å (Kesseli et al. 2017, ApJS 230, 16).
-SPECTRUM_MEAN, SPECTRUM_STD = 1.1, 0.7
+MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
 
 MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TEMPERATURE = 0.07  # of the contrastive logits; the authors' fixed value
 INIT_STD = 0.02  # standard deviation of ViLT's initial weights and embeddings
+# With those, attention begins nearly uniform, so that [CLS] sees the mean of all tokens and cannot tell
+# wavelengths apart; these begin with heads that each look at a few places (attention logits of about ± 1.3).
+POSITION_STD = 0.1  # of the position embeddings
+ATTENTION_STD = 0.05  # of the weights of queries and keys
 
 # What torch.load raises on files that are damaged or something else.
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train.py wrote
 
 
-def normalise_spectra(spectra: Tensor) -> Tensor:
-    """(B, 3522) in units of the median flux, as data.py prepares them → the network's `specs`."""
-    return (spectra - SPECTRUM_MEAN) / SPECTRUM_STD
-
-
 def normalise_images(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8, as data.py prepares them → the network's `imgs`, in the channels-last layout."""
+    """(B, 3, H, W) with values 0…255, as data.py prepares them → what ImageNet's weights expect, channels last."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -108,7 +107,8 @@ class FusionModel(nn.Module):
         image_weights: None for random weights, "imagenet" for torchvision's (downloaded once), or the
             path of a file in torchvision's format. Raises OSError when they cannot be had.
 
-    forward: specs (B, 3522) float, imgs (B, 3, 128, 128) float, normalised, B ≥ 1, on the model's device →
+    forward: specs (B, 3522) in units of the median flux, imgs (B, 3, 128, 128) with values 0…255, as data.py
+        prepares them, B ≥ 1, on the model's device; the one that the modality does not read may be None →
         align_logits (B, B): cosine of image i and spectrum j over the temperature; None unless "fusion";
         fuse_logits (B, num_classes): the classes, from the Transformer's [CLS] output.
     """
@@ -119,7 +119,7 @@ class FusionModel(nn.Module):
         hidden_size: int = 512,
         num_heads: int = 8,
         num_layers: int = 8,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
         *,
         modality: str = "fusion",
         image_backbone: str = "resnet152",
@@ -162,27 +162,42 @@ class FusionModel(nn.Module):
             layer, num_layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
         )
         self.classifier = nn.Linear(hidden_size, num_classes)
+        # What spectra are measured against; fit_normalisation takes it from the training stars.
+        self.register_buffer("spectrum_mean", torch.zeros(SPECTRUM_LENGTH))
+        self.register_buffer("spectrum_std", torch.ones(()))
         self._initialise_fusion()
 
     def _initialise_fusion(self) -> None:
-        """ViLT's initial weights. Without this, torch's Transformer starts as eight copies of one layer."""
-        nn.init.normal_(self.position_embedding, std=INIT_STD)
+        """ViLT's initial weights, but for attention. Torch's own Transformer starts as eight copies of one layer."""
+        nn.init.normal_(self.position_embedding, std=POSITION_STD)
         nn.init.normal_(self.token_type_embedding.weight, std=INIT_STD)
         for module in (*self.transformer.modules(), self.classifier):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.MultiheadAttention):
-                nn.init.normal_(module.in_proj_weight, std=INIT_STD)
+                queries, keys, values = module.in_proj_weight.chunk(3)
+                nn.init.normal_(queries, std=ATTENTION_STD)
+                nn.init.normal_(keys, std=ATTENTION_STD)
+                nn.init.normal_(values, std=INIT_STD)
+
+    def fit_normalisation(self, spectra: Tensor) -> None:
+        """Take from spectra (N, 3522) their mean, pixel by pixel, and the mean deviation of a pixel from it."""
+        self.spectrum_mean.copy_(spectra.mean(dim=0))
+        self.spectrum_std.copy_(spectra.std(dim=0).mean())
+
+    def normalise_spectra(self, specs: Tensor) -> Tensor:
+        """What sets a spectrum apart from the mean one: (B, 3522), about 0 ± 1."""
+        return ((specs - self.spectrum_mean) / self.spectrum_std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
     def forward(self, specs: Tensor | None, imgs: Tensor | None) -> tuple[Tensor | None, Tensor]:
         tokens, align_logits = [], None
         spectrum_type, image_type = self.token_type_embedding.weight
         if self.spec_encoder is not None:
-            spectrum_features, spectrum_tokens = self.spec_encoder(specs)
+            spectrum_features, spectrum_tokens = self.spec_encoder(self.normalise_spectra(specs))
             tokens.append(spectrum_tokens + spectrum_type)
         if self.image_encoder is not None:
-            image_features, image_tokens = self.image_encoder(imgs)
+            image_features, image_tokens = self.image_encoder(normalise_images(imgs))
             tokens.append(image_tokens + image_type)
         if self.spec_encoder is not None and self.image_encoder is not None:
             align_logits = contrastive_logits(image_features, spectrum_features)

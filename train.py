@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import accuracy_score, classification_report, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, classification_report, f1_score, precision_recall_fscore_support
 from sklearn.model_selection import train_test_split
+from sklearn.utils import resample
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -34,20 +36,16 @@ import data
 import history
 from data import CLASS_NAMES, DataError, Star
 from loss_sic import loss_sic
-from model import (
-    IMAGE_BACKBONES,
-    MODALITIES,
-    FusionModel,
-    load_checkpoint,
-    normalise_images,
-    normalise_spectra,
-    save_checkpoint,
-)
+from model import IMAGE_BACKBONES, MODALITIES, FusionModel, load_checkpoint, save_checkpoint
 from simulate_sdss_data import simulate
 
 WARMUP_EPOCHS = 2
 WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
+AVERAGE_DECAY = 0.95  # a step, of the running mean of the weights that is validated and kept: about 20 steps
+BOOTSTRAP_DRAWS = 1000
+SIC_NEGATIVES = ("all", "other-classes")
+PARTS = {"validation": "which chose the checkpoint, so that their score flatters", "test": "which chose nothing"}
 
 DEMO_DIR = Path("demo")
 DEMO_STARS_PER_CLASS = 50
@@ -67,7 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("."), help="gets checkpoints/, plots/ and training_history.json")
     add("--epochs", dest="num_epochs", type=number(int, 1, 10**6), default=20, help="passes over the training stars")
     add("--batch-size", type=number(int, 1, 10**6), default=32, help="stars a step")
-    add("--learning-rate", type=number(float, 1e-9, 10), default=1e-4, help="highest rate of the schedule")
+    add("--learning-rate", type=number(float, 1e-9, 10), default=3e-4, help="highest rate of the schedule")
     add(
         "--validation-split",
         type=number(float, 0.001, 0.999),
@@ -88,6 +86,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image-weights", metavar="{imagenet,none,PATH}", default="imagenet", help="initial weights of the ResNet")
     add("--modality", choices=MODALITIES, default="fusion", help="what the network reads")
     add("--sic-weight", type=number(float, 0, 1000), default=1.0, help="weight of the contrastive loss")
+    add("--sic-negatives", choices=SIC_NEGATIVES, default="all", help="the stars that the contrastive loss tells a "
+        "star from: all others, as in the paper, or those of other classes")  # fmt: skip
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")
     add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate "
         "scores; all: every star of a directory that took no part in training")  # fmt: skip
@@ -172,16 +172,29 @@ def report_usable(loaded: list[data.LoadedStar]) -> None:
             print(f"set aside: {entry.damage}")
 
 
+def turn_images(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (B, 3, H, H) turned by quarter turns and mirrored at random: the sky has no up and no left."""
+    symmetry = torch.randint(8, (len(images),), generator=generator)
+    turned = torch.empty_like(images)
+    for k in range(8):
+        chosen = images[symmetry == k].rot90(k % 4, dims=(2, 3))
+        turned[symmetry == k] = chosen.flip(3) if k >= 4 else chosen
+    return turned
+
+
 class StarDataset(Dataset):
     """Some of the prepared stars; one indexed read gives a whole batch (spectra, images, targets).
 
-    spectra (B, 3522) and images (B, 3, 128, 128) float32, both normalised; None for an input the
-    modality does not read; targets (B,) int64.
+    spectra (B, 3522) float32 and images (B, 3, 128, 128) uint8, turned at random if there is a
+    generator to draw from; None for an input the modality does not read; targets (B,) int64.
     """
 
-    def __init__(self, prepared: PreparedStars, indices: np.ndarray) -> None:
+    def __init__(
+        self, prepared: PreparedStars, indices: np.ndarray, augmentation: torch.Generator | None = None
+    ) -> None:
         self.prepared = prepared
         self.indices = torch.as_tensor(indices)
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -189,20 +202,21 @@ class StarDataset(Dataset):
     def __getitems__(self, positions: list[int]) -> tuple[Tensor | None, Tensor | None, Tensor]:
         chosen = self.indices[positions]
         spectra, images, targets = self.prepared.spectra, self.prepared.images, self.prepared.targets
-        return (
-            None if spectra is None else normalise_spectra(spectra[chosen]),
-            None if images is None else normalise_images(images[chosen]),
-            targets[chosen],
-        )
+        spectra = None if spectra is None else spectra[chosen]
+        images = None if images is None else images[chosen]
+        if images is not None and self.augmentation is not None:
+            images = turn_images(images, self.augmentation)
+        return spectra, images, targets[chosen]
 
 
 def make_loader(
     prepared: PreparedStars, indices: np.ndarray, batch_size: int, shuffle_seed: int | None = None
 ) -> DataLoader:
-    """Batches of those stars: shuffled anew each epoch if a seed is given, in order otherwise."""
+    """Batches of those stars: for training if a seed is given, shuffled anew each epoch and with augmentation;
+    in order and as they are otherwise."""
     generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
     return DataLoader(
-        StarDataset(prepared, indices),
+        StarDataset(prepared, indices, augmentation=generator),
         batch_size=batch_size,
         shuffle=shuffle_seed is not None,
         generator=generator,
@@ -259,7 +273,8 @@ class Engine(NamedTuple):
     model: FusionModel
     device: torch.device
     precision: str
-    sic_weight: float
+    sic_weight: float = 1.0
+    sic_negatives: str = "all"
 
     def batches(self, loader: DataLoader, description: str) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
         """The loader's batches on the device, under a progress bar."""
@@ -271,13 +286,25 @@ class Engine(NamedTuple):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             align_logits, fuse_logits = self.model(spectra, images)
         fuse_logits = fuse_logits.float()
-        return loss_sic(align_logits, fuse_logits, targets, sic_weight=self.sic_weight), fuse_logits
+        loss = loss_sic(
+            align_logits,
+            fuse_logits,
+            targets,
+            sic_weight=self.sic_weight,
+            same_class_negatives=self.sic_negatives == "all",
+        )
+        return loss, fuse_logits
 
 
 def train_one_epoch(
-    engine: Engine, loader: DataLoader, optimizer: Optimizer, scheduler: LRScheduler, description: str
+    engine: Engine,
+    loader: DataLoader,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    averaged: AveragedModel,
+    description: str,
 ) -> float:
-    """One pass over the training stars; returns the mean loss, by star."""
+    """One pass over the training stars, with the running mean of the weights; returns the mean loss, by star."""
     engine.model.train()
     total = torch.zeros((), device=engine.device)
     for spectra, images, targets in engine.batches(loader, description):
@@ -287,6 +314,7 @@ def train_one_epoch(
         torch.nn.utils.clip_grad_norm_(engine.model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         scheduler.step()
+        averaged.update_parameters(engine.model)
         total += loss.detach() * len(targets)
     return total.item() / len(loader.dataset)
 
@@ -297,7 +325,8 @@ class Evaluation(NamedTuple):
     predictions: np.ndarray  # (N,) class indices
 
     def scores(self) -> dict[str, float]:
-        """Accuracy; precision, recall and F1 weighted by class frequency; fraction within ± 1 subclass."""
+        """Accuracy; precision, recall and F1 weighted by class frequency, F1 also as the plain mean over
+        classes; fraction within ± 1 subclass."""
         precision, recall, f1, _ = precision_recall_fscore_support(
             self.targets, self.predictions, average="weighted", zero_division=0
         )
@@ -306,8 +335,18 @@ class Evaluation(NamedTuple):
             "precision": float(precision),
             "recall": float(recall),
             "f1": float(f1),
+            "f1_macro": float(f1_score(self.targets, self.predictions, average="macro", zero_division=0)),
             "within_one_subclass": float((np.abs(self.predictions - self.targets) <= 1).mean()),
         }
+
+    def intervals(self) -> dict[str, list[float]]:
+        """The 95 % interval of each score, by the bootstrap: these stars drawn again with replacement."""
+        random = np.random.RandomState(0)
+        draws = [
+            Evaluation(self.loss, *resample(self.targets, self.predictions, random_state=random)).scores()
+            for _ in range(BOOTSTRAP_DRAWS)
+        ]
+        return pd.DataFrame(draws).quantile([0.025, 0.975]).to_dict(orient="list")
 
     def report(self) -> str:
         labels = range(len(CLASS_NAMES))
@@ -348,19 +387,22 @@ def make_optimizer(
 def fit(
     engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], record: dict, checkpoint_path: Path
 ) -> None:
-    """Train; after each epoch validate, print, extend record["epoch_metrics"], and keep the best checkpoint."""
+    """Train; after each epoch validate the running mean of the weights, print, extend record["epoch_metrics"],
+    and keep the best checkpoint."""
     config, curves, final = record["config"], record["epoch_metrics"], record["final_metrics"]
     train_loader = make_loader(prepared, splits["train"], config["batch_size"], shuffle_seed=config["random_seed"])
     val_loader = make_loader(prepared, splits["validation"], config["batch_size"])
     epochs = config["num_epochs"]
     optimizer, scheduler = make_optimizer(engine.model, config["learning_rate"], epochs, len(train_loader))
+    averaged = AveragedModel(engine.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True)
     # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
     parts = {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()}
     best_f1 = -1.0
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
-        train_loss = train_one_epoch(engine, train_loader, optimizer, scheduler, f"epoch {epoch}/{epochs}")
-        validation = evaluate(engine, val_loader, f"epoch {epoch}/{epochs}, validating")
+        now = f"epoch {epoch}/{epochs}"
+        train_loss = train_one_epoch(engine, train_loader, optimizer, scheduler, averaged, now)
+        validation = evaluate(engine._replace(model=averaged.module), val_loader, f"{now}, validating")
         if not math.isfinite(train_loss + validation.loss):
             raise DataError(
                 f"the loss is not finite in epoch {epoch}; try a smaller --learning-rate or --precision fp32"
@@ -374,7 +416,7 @@ def fit(
         if improved:
             best_f1, final["best_epoch"] = scores["f1"], epoch
             with data.write_atomically(checkpoint_path) as temporary:
-                save_checkpoint(temporary, engine.model, epoch=epoch, config=config, splits=parts)
+                save_checkpoint(temporary, averaged.module, epoch=epoch, config=config, splits=parts)
         print(
             f"{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {validation.loss:6.3f}  "
             f"accuracy {scores['accuracy']:.3f}  precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  "
@@ -438,7 +480,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     parts = {part: [Star(*row) for row in rows] for part, rows in checkpoint["splits"].items()}
     device = choose_device(args.device)
     model = model.to(device, memory_format=torch.channels_last)
-    engine = Engine(model, device, choose_precision(args.precision, device), config["sic_weight"])
+    precision = choose_precision(args.precision, device)
+    engine = Engine(model, device, precision, config["sic_weight"], config["sic_negatives"])
     prepared, _ = read_stars(args.data_dir, config["modality"], args.num_workers)
 
     if args.split == "all":
@@ -463,24 +506,30 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     print(f"\n{args.evaluate}, epoch {checkpoint['epoch']}, on {data.describe([prepared.stars[i] for i in indices])}")
     print(f"({args.split}; trained on {len(parts['train'])} of {config['stars']})\n")
     print(evaluation.report())
-    print(
-        f"loss {evaluation.loss:.3f}  "
-        + "  ".join(f"{name} {value:.3f}" for name, value in evaluation.scores().items())
-    )
+    print_scores(evaluation.scores(), evaluation.intervals())
+    print(f"loss {evaluation.loss:.3f}")
 
 
-def train(args: argparse.Namespace) -> None:
-    """A whole run: read, split, train; then evaluate the best checkpoint, record, plot."""
+def print_scores(scores: dict[str, float], intervals: dict[str, list[float]]) -> None:
+    print("with its 95 % bootstrap interval:")
+    for name, value in scores.items():
+        low, high = intervals[name]
+        print(f"{name.replace('_', ' '):>22} {value:.3f}  ({low:.3f} to {high:.3f})")
+
+
+def train(args: argparse.Namespace, prepared: PreparedStars, not_used: dict[str, Any]) -> dict:
+    """A whole run on those stars: split, train; then evaluate the best checkpoint, record, plot. Returns the record."""
     device = choose_device(args.device)
     torch.manual_seed(args.random_seed)
     torch.backends.cudnn.benchmark = True
-    prepared, not_used = read_stars(args.data_dir, args.modality, args.num_workers)
     splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
     weights = None if args.image_weights == "none" or args.modality == "spectrum" else args.image_weights
     model = FusionModel(
         num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
     ).to(device, memory_format=torch.channels_last)
-    engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight)
+    if model.spec_encoder is not None:
+        model.fit_normalisation(prepared.spectra[splits["train"]])
+    engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
 
     with history.claim_training_id(args.output_dir) as training_id:
         record = begin_record(args, training_id, engine, prepared, splits, not_used)
@@ -498,6 +547,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"\ntrained in {record['total_training_time_seconds']:.0f} s. Open these:")
         for file in [*files, checkpoint_path]:
             print(f"  {file}")
+        return record
 
 
 def conclude(
@@ -517,10 +567,14 @@ def conclude(
         final[f"final_{key}_accuracy"] = scores["accuracy"]
         for name in ("precision", "recall", "f1"):
             final[f"final_{key}_{name}_weighted"] = scores[name]
+        final[f"final_{key}_f1_macro"] = scores["f1_macro"]
         final[f"final_{key}_within_one_subclass"] = scores["within_one_subclass"]
+        intervals = evaluation.intervals()
+        final[f"final_{key}_intervals_95"] = intervals
+        final[f"final_{key}_scored_on"] = f"{stars[part]}, {PARTS[part]}"
         record["classification_report" if part == "validation" else "test_classification_report"] = report
-        print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {stars[part]}:\n\n{report}")
-        print(f"within ± 1 subclass: {scores['within_one_subclass']:.3f}")
+        print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {stars[part]}, {PARTS[part]}:\n\n{report}")
+        print_scores(scores, intervals)
 
     # The record first: it must not be lost if a plot cannot be drawn.
     files = [output_dir / "training_history.json", output_dir / "plots" / f"training_plot_{training_id}.png"]
@@ -543,7 +597,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.demo:
         simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
     try:
-        train(args)
+        train(args, *read_stars(args.data_dir, args.modality, args.num_workers))
     except torch.OutOfMemoryError as error:
         raise DataError("the GPU's memory is full; try a smaller --batch-size") from error
 

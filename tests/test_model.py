@@ -12,7 +12,15 @@ import torchvision
 from torch import nn
 
 from loss_sic import contrastive_loss, loss_sic
-from model import FusionModel, ImageEncoder, SpecEncoder, contrastive_logits, load_checkpoint, save_checkpoint
+from model import (
+    FusionModel,
+    ImageEncoder,
+    SpecEncoder,
+    contrastive_logits,
+    load_checkpoint,
+    normalise_images,
+    save_checkpoint,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
@@ -24,7 +32,7 @@ def small_model(**arguments) -> FusionModel:
 def inputs(batch: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(batch)
     specs = torch.rand(batch, 3522, generator=generator)
-    imgs = torch.randn(batch, 3, 128, 128, generator=generator)
+    imgs = torch.randint(256, (batch, 3, 128, 128), dtype=torch.uint8, generator=generator)
     return specs.to(device), imgs.to(device), (torch.arange(batch) % 5).to(device)
 
 
@@ -87,7 +95,7 @@ def test_image_encoder_pools_a_resnet_to_four_tokens():
     resnet = torchvision.models.resnet18().eval()
     body = {name: value for name, value in resnet.state_dict().items() if not name.startswith("fc.")}
     encoder.model.load_state_dict(dict(zip(encoder.model.state_dict(), body.values(), strict=True)))
-    _, imgs, _ = inputs(2)
+    imgs = normalise_images(inputs(2)[1])
     x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(imgs))))
     x = resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))  # (2, 512, 4, 4)
     rows = x.mean(dim=3).transpose(1, 2)  # each of the four rows of the map, averaged
@@ -101,6 +109,8 @@ def test_transformer_is_pre_norm_with_gelu_and_layers_that_start_apart():
     first, second = model.transformer.layers
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
     assert first.linear1.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    queries, keys, values = first.self_attn.in_proj_weight.chunk(3)
+    assert [part.std().item() for part in (queries, keys, values)] == pytest.approx([0.05, 0.05, 0.02], rel=0.02)
     x = torch.randn(2, 37, 512)
     y = first.norm1(x)
     x_attended = x + first.self_attn(y, y, y, need_weights=False)[0]
@@ -116,8 +126,8 @@ def test_classes_come_from_the_cls_output_of_both_inputs():
     tokens = torch.cat(
         [
             (model.cls_token + spectrum_type).repeat(2, 1, 1),
-            model.spec_encoder(specs)[1] + spectrum_type,
-            model.image_encoder(imgs)[1] + image_type,
+            model.spec_encoder(model.normalise_spectra(specs))[1] + spectrum_type,
+            model.image_encoder(normalise_images(imgs))[1] + image_type,
         ],
         dim=1,
     )
@@ -147,6 +157,37 @@ def test_loss_is_the_papers_formula():
     assert loss_sic(align, fuse, targets).item() == pytest.approx(expected.item(), abs=1e-6)
     assert loss_sic(align, fuse, targets, sic_weight=0.0).item() == pytest.approx(classes.item(), abs=1e-6)
     assert loss_sic(None, fuse, targets).item() == pytest.approx(classes.item(), abs=1e-6)
+
+
+def test_stars_of_ones_own_class_need_not_be_negatives():
+    align = torch.randn(4, 4)
+    classes = torch.tensor([0, 1, 0, 2])
+    expected = 0.0
+    for logits in (align, align.T):
+        for i in range(4):
+            others = [j for j in range(4) if j == i or classes[j] != classes[i]]
+            expected += (logits[i, others].logsumexp(0) - logits[i, i]).item() / 8
+    assert contrastive_loss(align, classes).item() == pytest.approx(expected, abs=1e-6)
+    assert contrastive_loss(align, torch.arange(4)).item() == pytest.approx(contrastive_loss(align).item(), abs=1e-6)
+    assert contrastive_loss(align, torch.zeros(4)).item() == 0.0  # nobody else: nothing to tell apart
+
+
+def test_images_are_normalised_as_imagenet():
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    images[0, 1] = 255
+    normalised = normalise_images(images)
+    assert normalised[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229)
+    assert normalised[0, 1, 0, 0].item() == pytest.approx((1 - 0.456) / 0.224)
+
+
+def test_spectra_are_measured_against_the_mean_spectrum():
+    model = small_model(modality="spectrum")
+    spectra = 1 + torch.randn(200, 3522) * 0.2 + torch.linspace(0, 1, 3522)
+    model.fit_normalisation(spectra)
+    normalised = model.normalise_spectra(spectra)
+    assert normalised.mean(dim=0).abs().max() < 1e-4 and normalised.std().item() == pytest.approx(1, abs=0.01)
+    assert model.normalise_spectra(spectra + 100).max() == 5  # one wild pixel does not outshine the others
+    assert {"spectrum_mean", "spectrum_std"} <= set(model.state_dict())  # they travel with the weights
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,280 @@
+"""How well the network and the classical methods classify the same stars.
+
+    python benchmarks/accuracy.py --data-dir simulated --test-dir others     score on other stars
+    python benchmarks/accuracy.py --data-dir . --test-split 0.2              real stars, a fifth of them held out
+    python benchmarks/accuracy.py --data-dir simulated --methods "PCA + LDA" "random forest"
+
+Every method gets the same prepared stars and, seed by seed, the same stratified split: it learns from
+the training stars, and is scored on stars that chose nothing: those of --test-dir, or the part that
+--test-split holds out. The classical methods tune themselves by 5-fold cross-validation on the
+training stars; the network's validation stars choose its checkpoint. The results of each run are
+written as it ends, as accuracy.json; the same command again does only what is missing there.
+accuracy.md and accuracy.png show the means over the seeds.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.svm import SVC
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
+
+import data  # noqa: E402
+import train  # noqa: E402
+from model import IMAGE_BACKBONES, load_checkpoint  # noqa: E402
+from train import Evaluation, PreparedStars  # noqa: E402
+
+# Each network is train.py with these options; an ablation leaves one part of the recipe out.
+NETWORKS = {
+    "FusionModel": [],
+    "spectra only": ["--modality", "spectrum"],
+    "images only": ["--modality", "image"],
+    "without the SIC term": ["--sic-weight", "0"],
+}
+ABLATIONS = {}
+SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "within_one_subclass": "within ± 1"}
+
+# The classical methods
+
+
+class TemplateFit(ClassifierMixin, BaseEstimator):
+    """The class whose mean spectrum fits best: χ² over the pixels, with the amplitude free.
+
+    A pixel's variance is that of the training spectra about the mean of their class.
+    """
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> "TemplateFit":
+        self.classes_ = np.unique(y)
+        self.templates_ = np.stack([X[y == k].mean(axis=0) for k in self.classes_])
+        self.variance_ = np.mean([X[y == k].var(axis=0) for k in self.classes_], axis=0) + 1e-6
+        return self
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        weighted = self.templates_ / self.variance_
+        fit = X @ weighted.T  # (N, classes): what the best amplitude of each template takes off χ²
+        return self.classes_[(fit**2 / (self.templates_ * weighted).sum(axis=1)).argmax(axis=1)]
+
+
+def band_means(spectra: np.ndarray) -> np.ndarray:
+    """(N, 32): the mean flux of 32 equal pieces of the window, as many as the network has spectrum tokens."""
+    return np.stack([piece.mean(axis=1) for piece in np.array_split(spectra, 32, axis=1)], axis=1)
+
+
+def image_colors(images: np.ndarray) -> np.ndarray:
+    """(N, 3) from cutouts (N, 3, 128, 128): the star's red over green, green over blue, and brightness, as logarithms.
+
+    Sums over the central 3.2″, above the cutout's median.
+    """
+    background = np.median(images, axis=(2, 3))
+    center = images[:, :, 56:72, 56:72].mean(axis=(2, 3), dtype=np.float64)
+    red, green, blue = np.log(np.clip(center - background, 0.5, None)).T
+    return np.stack([red - green, green - blue, green], axis=1)
+
+
+def classical_methods(seed: int) -> dict[str, tuple[str, GridSearchCV]]:
+    """By name, the input each reads ("spectra" or "images") and the estimator, not yet fitted."""
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    tuned = partial(GridSearchCV, cv=folds, scoring="f1_weighted", n_jobs=-1)
+    components = {"pca__n_components": [10, 15, 20, 30, 40]}
+    pca, forest = PCA(random_state=seed), RandomForestClassifier(500, random_state=seed)
+    lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+    leaves = {"randomforestclassifier__min_samples_leaf": [1, 3]}
+    colors = FunctionTransformer(image_colors)
+    return {
+        "PCA + SVM": (
+            "spectra",
+            tuned(make_pipeline(pca, StandardScaler(), SVC()), components | {"svc__C": [1, 10, 100]}),
+        ),
+        "PCA + LDA": ("spectra", tuned(make_pipeline(pca, LinearDiscriminantAnalysis()), components)),
+        "LDA on 32 band means": ("spectra", tuned(make_pipeline(FunctionTransformer(band_means), lda), {})),
+        "random forest": ("spectra", tuned(make_pipeline(forest), leaves)),
+        "χ² fit to class means": ("spectra", tuned(TemplateFit(), {})),
+        "random forest on image colours": ("images", tuned(make_pipeline(colors, forest), leaves)),
+    }
+
+
+# Running
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Score the network and the classical methods on the same stars.",
+        epilog="examples:\n" + __doc__.split("\n\n")[1],
+        formatter_class=data.ScriptHelp,
+    )
+    add, number = parser.add_argument, data.number_between
+    usual = [*classical_methods(seed=0), *NETWORKS]
+    add("--data-dir", type=Path, default=Path("."), help="holds objects.csv, spectra/ and images/")
+    add("--test-dir", type=Path, help="such a directory of other stars, all of them to score on")
+    add("--test-split", type=number(float, 0, 0.9), default=0.0, help="fraction of --data-dir to score on instead")
+    add("--validation-split", type=number(float, 0.01, 0.9), default=0.2, help="fraction that chooses the checkpoint")
+    add("--seeds", type=number(int, 0, 2**32 - 1), nargs="+", default=[42, 43, 44], help="of split and training")
+    add("--epochs", type=number(int, 1, 10**6), default=20, help="of the networks")
+    add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="of the networks")
+    add("--image-weights", metavar="{imagenet,none,PATH}", default="none", help="of the networks")
+    add("--methods", nargs="+", choices=[*usual, *ABLATIONS], metavar="NAME", default=usual,
+        help="some of: " + ", ".join([*usual, *ABLATIONS]))  # fmt: skip
+    add("--num-workers", type=number(int, 0, 256), default=2, help="processes that read the stars' files")
+    add("--output-dir", type=Path, default=Path("benchmarks/accuracy"), help="gets accuracy.json, .md and .png")
+    args = parser.parse_args()
+    if (args.test_dir is None) == (args.test_split == 0):
+        parser.error("say which stars to score on: --test-dir DIR or --test-split FRACTION, one of the two")
+    return args
+
+
+def select(stars: PreparedStars, indices: np.ndarray) -> PreparedStars:
+    return PreparedStars(
+        [stars.stars[i] for i in indices], stars.spectra[indices], stars.images[indices], stars.targets[indices]
+    )
+
+
+def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict[str, Evaluation]:
+    """Fit on the training stars; predict the other parts."""
+    kind, estimator = classical_methods(seed)[name]
+    inputs = {part: getattr(stars, kind).numpy() for part, stars in parts.items()}
+    estimator.fit(inputs["train"], parts["train"].targets.numpy())
+    return {
+        part: Evaluation(float("nan"), parts[part].targets.numpy(), estimator.predict(inputs[part]))
+        for part in ("validation", "test")
+    }
+
+
+def run_network(
+    args: argparse.Namespace, name: str, seed: int, stars: PreparedStars, parts: dict[str, PreparedStars]
+) -> dict[str, Evaluation]:
+    """Train by train.py itself, in a directory of its own; evaluate the checkpoint that it keeps."""
+    with tempfile.TemporaryDirectory() as directory:
+        options = train.parse_arguments(
+            [
+                *("--output-dir", directory, "--seed", str(seed), "--epochs", str(args.epochs)),
+                *("--validation-split", str(args.validation_split), "--test-split", str(args.test_split)),
+                *("--image-backbone", args.image_backbone, "--image-weights", args.image_weights),
+                *(NETWORKS | ABLATIONS)[name],
+            ]
+        )
+        unread = {"spectrum": {"images": None}, "image": {"spectra": None}}.get(options.modality, {})
+        record = train.train(options, stars._replace(**unread), {})
+        model, _ = load_checkpoint(Path(directory, "checkpoints", f"best_model_{record['config']['training_id']}.pth"))
+    device = train.choose_device("auto")
+    engine = train.Engine(
+        model.to(device, memory_format=torch.channels_last), device, train.choose_precision("auto", device)
+    )
+    return {
+        part: train.evaluate(engine, train.make_loader(parts[part], np.arange(len(parts[part].stars)), batch_size=64))
+        for part in ("validation", "test")
+    }
+
+
+def open_results(path: Path, settings: dict) -> dict:
+    """What earlier commands with the same settings have done."""
+    if not path.exists():
+        return {"settings": settings, "runs": []}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["settings"] != settings:
+        raise data.DataError(f"{path}: of another experiment ({results['settings']}); give another --output-dir")
+    return results
+
+
+def main() -> None:
+    args = parse_arguments()
+    stars, _ = train.read_stars(args.data_dir, "fusion", args.num_workers)
+    others = train.read_stars(args.test_dir, "fusion", args.num_workers)[0] if args.test_dir else None
+    of_this_command = ("seeds", "methods", "num_workers", "output_dir")
+    settings = {name: value for name, value in vars(args).items() if name not in of_this_command}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    path = args.output_dir / "accuracy.json"
+    results = open_results(path, settings | {"stars": data.describe(stars.stars)})
+    done = {(run["method"], run["seed"]) for run in results["runs"]}
+    for seed in args.seeds:
+        splits = train.split_stars(stars, args.validation_split, args.test_split, seed)
+        parts = {part: select(stars, indices) for part, indices in splits.items()}
+        parts["test"] = others or parts["test"]
+        results["parts"] = {part: data.describe(chosen.stars) for part, chosen in parts.items()}
+        for name in args.methods:
+            if (name, seed) in done:
+                continue
+            started = time.perf_counter()
+            if name in NETWORKS | ABLATIONS:
+                evaluations = run_network(args, name, seed, stars, parts)
+            else:
+                evaluations = run_classical(name, seed, parts)
+            run = {"method": name, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
+            run |= {part: evaluation.scores() for part, evaluation in evaluations.items()}
+            run["test_intervals_95"] = evaluations["test"].intervals()
+            results["runs"].append(run)
+            with data.write_atomically(path) as temporary:
+                temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(f"{name}, seed {seed}: test F1 {run['test']['f1']:.3f}, {run['seconds']:.0f} s", flush=True)
+
+    title = "trained on {train}, checkpoint chosen by {validation}, scored on {test}".format(**results["parts"])
+    table = as_markdown(summarise(results["runs"]), title)
+    with data.write_atomically(args.output_dir / "accuracy.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    draw(args.output_dir / "accuracy.png", results["runs"], title)
+    print(f"\n{table}\nin {args.output_dir}: accuracy.json, accuracy.md, accuracy.png")
+
+
+# The table and the figure
+
+
+def summarise(runs: list[dict]) -> pd.DataFrame:
+    """One row a method, best last: of each score on the test stars, its mean and standard deviation over the seeds."""
+    table = pd.DataFrame(
+        [
+            {"method": run["method"], "seconds": run["seconds"], "validation F1": run["validation"]["f1"]}
+            | {title: run["test"][score] for score, title in SCORES.items()}
+            for run in runs
+        ]
+    )
+    summary = table.groupby("method").agg(["mean", "std", "count"])
+    return summary.sort_values(("weighted F1", "mean"))
+
+
+def as_markdown(summary: pd.DataFrame, title: str) -> str:
+    columns = [*SCORES.values(), "validation F1"]
+    lines = [f"{title}; mean ± standard deviation over the seeds.", "", ""]
+    lines.append("| " + " | ".join(["method", *columns, "seeds", "seconds a run"]) + " |")
+    lines.append("|---" * (len(columns) + 3) + "|")
+    for method, row in summary.iloc[::-1].iterrows():
+        cells = [f"{row[column, 'mean']:.3f} ± {row[column, 'std']:.3f}".replace(" ± nan", "") for column in columns]
+        cells += [str(int(row["seconds", "count"])), f"{row['seconds', 'mean']:.0f}"]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, runs: list[dict], title: str) -> None:
+    """The F1 of each run on the test stars, a point a seed; the bar is the mean."""
+    means = pd.DataFrame([{"method": run["method"], "f1": run["test"]["f1"]} for run in runs]).groupby("method").f1
+    order = list(means.mean().sort_values().index)
+    figure = Figure(figsize=(8, 0.8 + 0.35 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    colors = ["C0" if method in NETWORKS | ABLATIONS else "0.6" for method in order]
+    axes.barh(order, means.mean()[order], color=colors, alpha=0.6)
+    for row, method in enumerate(order):
+        axes.plot(means.get_group(method), [row] * len(means.get_group(method)), "k.")
+    axes.set(xlabel="weighted F1 on the stars that chose nothing (blue: networks; points: seeds)")
+    axes.set_xlim(max(0, means.min().min() - 0.05), 1)
+    axes.set_title(title, fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    with data.write_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+if __name__ == "__main__":
+    data.run_as_script(main)
