@@ -13,12 +13,14 @@ accuracy.md and accuracy.png show the means over the seeds.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -36,18 +38,34 @@ from sklearn.svm import SVC
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
 import data  # noqa: E402
+import model  # noqa: E402
 import train  # noqa: E402
-from model import IMAGE_BACKBONES, load_checkpoint  # noqa: E402
+from model import IMAGE_BACKBONES, FusionModel, load_checkpoint  # noqa: E402
 from train import Evaluation, PreparedStars  # noqa: E402
 
-# Each network is train.py with these options; an ablation leaves one part of the recipe out.
+
+def fit_one_mean(self: FusionModel, spectra: torch.Tensor) -> None:
+    """In place of FusionModel.fit_normalisation: one mean and one deviation for the pixels of all wavelengths."""
+    self.spectrum_mean.fill_(spectra.mean())
+    self.spectrum_std.fill_(spectra.std())
+
+
+# Each network is train.py with these options.
 NETWORKS = {
     "FusionModel": [],
     "spectra only": ["--modality", "spectrum"],
     "images only": ["--modality", "image"],
     "without the SIC term": ["--sic-weight", "0"],
 }
-ABLATIONS = {}
+# Each ablation leaves one part of the recipe out, or takes the paper's form for it.
+ABLATIONS = {
+    "contrast with other classes only": ["--sic-negatives", "other-classes"],
+    "learning rate 1e-4": ["--learning-rate", "1e-4"],
+    "without turned images": patch.object(train, "turn_images", lambda images, generator: images),
+    "without averaged weights": patch.object(train, "AVERAGE_DECAY", 0.0),
+    "attention as in ViLT at the start": patch.multiple(model, ATTENTION_STD=0.02, POSITION_STD=0.02),
+    "one mean for all wavelengths": patch.object(FusionModel, "fit_normalisation", fit_one_mean),
+}
 SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "within_one_subclass": "within ± 1"}
 
 # The classical methods
@@ -159,21 +177,25 @@ def run_network(
     args: argparse.Namespace, name: str, seed: int, stars: PreparedStars, parts: dict[str, PreparedStars]
 ) -> dict[str, Evaluation]:
     """Train by train.py itself, in a directory of its own; evaluate the checkpoint that it keeps."""
+    change = (NETWORKS | ABLATIONS)[name]
     with tempfile.TemporaryDirectory() as directory:
         options = train.parse_arguments(
             [
                 *("--output-dir", directory, "--seed", str(seed), "--epochs", str(args.epochs)),
                 *("--validation-split", str(args.validation_split), "--test-split", str(args.test_split)),
                 *("--image-backbone", args.image_backbone, "--image-weights", args.image_weights),
-                *(NETWORKS | ABLATIONS)[name],
+                *(change if isinstance(change, list) else []),
             ]
         )
         unread = {"spectrum": {"images": None}, "image": {"spectra": None}}.get(options.modality, {})
-        record = train.train(options, stars._replace(**unread), {})
-        model, _ = load_checkpoint(Path(directory, "checkpoints", f"best_model_{record['config']['training_id']}.pth"))
+        with contextlib.nullcontext() if isinstance(change, list) else change:
+            record = train.train(options, stars._replace(**unread), {})
+        network, _ = load_checkpoint(
+            Path(directory, "checkpoints", f"best_model_{record['config']['training_id']}.pth")
+        )
     device = train.choose_device("auto")
     engine = train.Engine(
-        model.to(device, memory_format=torch.channels_last), device, train.choose_precision("auto", device)
+        network.to(device, memory_format=torch.channels_last), device, train.choose_precision("auto", device)
     )
     return {
         part: train.evaluate(engine, train.make_loader(parts[part], np.arange(len(parts[part].stars)), batch_size=64))
