@@ -1,0 +1,46 @@
+"""The benchmarks, as a user starts them, on few stars and small budgets."""
+
+import json
+
+import pytest
+from common import run_script
+
+from simulate_sdss_data import simulate
+
+
+@pytest.fixture(scope="module")
+def stars_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stars") / "data"
+    simulate(directory, per_class=14, seed=3)
+    return directory
+
+
+def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_dir, tmp_path):
+    methods = ["LDA on 32 band means", "χ² fit to class means", "random forest on image colours"]
+    networks = ["spectra only", "without averaged weights"]
+    options = ["--data-dir", stars_dir, "--test-split", "0.25", "--seeds", "1", "--epochs", "1"]
+    options += ["--image-backbone", "resnet18", "--output-dir", tmp_path]
+    done = run_script("benchmarks/accuracy.py", *options, "--methods", *methods, *networks)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))
+    scores = {run["method"]: run["test"]["accuracy"] for run in results["runs"]}
+    assert list(scores) == methods + networks
+    assert scores["LDA on 32 band means"] > 0.5 and scores["χ² fit to class means"] > 0.5
+    numbers = {"train": 38, "validation": 14, "test": 18}
+    assert results["parts"] == {part: f"{number} SIMULATED stars" for part, number in numbers.items()}
+    table = (tmp_path / "accuracy.md").read_text(encoding="utf-8")
+    assert all(f"| {method} |" in table for method in scores) and "SIMULATED" in table
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+    again = run_script("benchmarks/accuracy.py", *options, "--methods", *methods[:1], "--seeds", "1", "2")
+    assert again.returncode == 0, again.stderr
+    runs = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))["runs"]
+    assert runs[:-1] == results["runs"] and (runs[-1]["method"], runs[-1]["seed"]) == (methods[0], 2)
+
+    other = run_script("benchmarks/accuracy.py", *options[:-2], "--epochs", "2", "--output-dir", tmp_path)
+    assert other.returncode == 1 and "of another experiment" in other.stderr.splitlines()[-1]
+
+
+def test_accuracy_asks_which_stars_to_score_on(stars_dir):
+    done = run_script("benchmarks/accuracy.py", "--data-dir", stars_dir)
+    assert done.returncode == 2 and "--test-dir DIR or --test-split FRACTION" in done.stderr
