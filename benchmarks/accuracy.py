@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --data-dir simulated --test-dir others     score on other stars
     python benchmarks/accuracy.py --data-dir . --test-split 0.2              real stars, a fifth of them held out
-    python benchmarks/accuracy.py --data-dir simulated --methods "PCA + LDA" "random forest"
+    python benchmarks/accuracy.py --data-dir . --test-split 0.2 --methods "PCA + LDA" "random forest"
 
 Every method gets the same prepared stars and, seed by seed, the same stratified split: it learns from
 the training stars, and is scored on stars that chose nothing: those of --test-dir, or the part that
@@ -97,7 +97,7 @@ def band_means(spectra: np.ndarray) -> np.ndarray:
 def image_colors(images: np.ndarray) -> np.ndarray:
     """(N, 3) from cutouts (N, 3, 128, 128): the star's red over green, green over blue, and brightness, as logarithms.
 
-    Sums over the central 3.2″, above the cutout's median.
+    Means over the central 3.2″, above the cutout's median.
     """
     background = np.median(images, axis=(2, 3))
     center = images[:, :, 56:72, 56:72].mean(axis=(2, 3), dtype=np.float64)
