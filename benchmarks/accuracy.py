@@ -292,7 +292,7 @@ def draw(path: Path, runs: list[dict], title: str) -> None:
         axes.plot(means.get_group(method), [row] * len(means.get_group(method)), "k.")
     axes.set(xlabel="weighted F1 on the stars that chose nothing (blue: networks; points: seeds)")
     axes.set_xlim(max(0, means.min().min() - 0.05), 1)
-    axes.set_title(title, fontsize=9)
+    figure.suptitle(title, fontsize=9)  # over the whole figure: the names of the methods are wide
     axes.grid(axis="x", alpha=0.3)
     with data.write_atomically(path) as temporary:
         figure.savefig(temporary, dpi=150)
