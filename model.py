@@ -10,12 +10,14 @@ The encoders follow, layer by layer and name by name, the authors' code
 load. The Transformer has the shape of ViLT (Kim et al. 2021), as theirs, built of torch's own parts.
 """
 
+import functools
 import http.client
 import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -26,6 +28,9 @@ from data import SPECTRUM_LENGTH
 # Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Slopes and bends over the whole window are mostly reddening and flux calibration, far larger than what
+# tells subclasses apart; polynomials of this degree hold them.
+CONTINUUM_DEGREE = 3
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
 
 MODALITIES = ("fusion", "spectrum", "image")
@@ -40,6 +45,19 @@ ATTENTION_STD = 0.05  # of the weights of queries and keys
 # What torch.load raises on files that are damaged or something else.
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train.py wrote
+
+
+def remove_continuum(spectra: Tensor) -> Tensor:
+    """Spectra (N, 3522), each less the polynomial in log wavelength that fits it best."""
+    basis = _continuum_basis().to(spectra.device)
+    return spectra - spectra @ basis @ basis.T
+
+
+@functools.cache
+def _continuum_basis() -> Tensor:
+    """(3522, CONTINUUM_DEGREE + 1): Legendre polynomials over the window's pixels, made orthonormal."""
+    polynomials = np.polynomial.legendre.legvander(np.linspace(-1, 1, SPECTRUM_LENGTH), CONTINUUM_DEGREE)
+    return torch.from_numpy(np.linalg.qr(polynomials)[0]).float()
 
 
 def normalise_images(images: Tensor) -> Tensor:
@@ -106,10 +124,13 @@ class FusionModel(nn.Module):
         image_backbone: one of IMAGE_BACKBONES; the paper's is "resnet152", smaller ones serve tests.
         image_weights: None for random weights, "imagenet" for torchvision's (downloaded once), or the
             path of a file in torchvision's format. Raises OSError when they cannot be had.
+        image_dropout: in training, the Transformer sees the image tokens of a star as zeros with this
+            probability, so that it learns the spectrum also where the image alone would do.
 
     forward: specs (B, 3522) in units of the median flux, imgs (B, 3, 128, 128) with values 0…255, as data.py
-        prepares them, B ≥ 1, on the model's device; the one that the modality does not read may be None →
-        align_logits (B, B): cosine of image i and spectrum j over the temperature; None unless "fusion";
+        prepares them, B ≥ 1, on the model's device. The one that the modality does not read may be None, and
+        the image also in "fusion": its tokens are zeros then, as training has shown it →
+        align_logits (B, B): cosine of image i and spectrum j over the temperature; None unless both are read;
         fuse_logits (B, num_classes): the classes, from the Transformer's [CLS] output.
     """
 
@@ -121,6 +142,7 @@ class FusionModel(nn.Module):
         num_layers: int = 8,
         dropout: float = 0.0,
         *,
+        image_dropout: float = 0.5,
         modality: str = "fusion",
         image_backbone: str = "resnet152",
         image_weights: str | Path | None = None,
@@ -132,11 +154,13 @@ class FusionModel(nn.Module):
             "num_heads": num_heads,
             "num_layers": num_layers,
             "dropout": dropout,
+            "image_dropout": image_dropout,
             "modality": modality,
             "image_backbone": image_backbone,
         }
         if modality not in MODALITIES:
             raise ValueError(f"modality is {modality!r}, not one of {', '.join(MODALITIES)}")
+        self.image_dropout = image_dropout
         self.spec_encoder = self.image_encoder = None
         num_tokens = 1  # [CLS]
         if modality != "image":
@@ -183,12 +207,16 @@ class FusionModel(nn.Module):
 
     def fit_normalisation(self, spectra: Tensor) -> None:
         """Take from spectra (N, 3522) their mean, pixel by pixel, and the mean deviation of a pixel from it."""
+        spectra = remove_continuum(spectra)
         self.spectrum_mean.copy_(spectra.mean(dim=0))
         self.spectrum_std.copy_(spectra.std(dim=0).mean())
 
     def normalise_spectra(self, specs: Tensor) -> Tensor:
-        """What sets a spectrum apart from the mean one: (B, 3522), about 0 ± 1."""
-        return ((specs - self.spectrum_mean) / self.spectrum_std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
+        """What sets a spectrum apart from the mean one, but for the continuum: (B, 3522), about 0 ± 1."""
+        # In float32 also under autocast: bfloat16 would round the flux to its third digit.
+        with torch.autocast(specs.device.type, enabled=False):
+            deviation = (remove_continuum(specs) - self.spectrum_mean) / self.spectrum_std
+        return deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
     def forward(self, specs: Tensor | None, imgs: Tensor | None) -> tuple[Tensor | None, Tensor]:
         tokens, align_logits = [], None
@@ -196,11 +224,16 @@ class FusionModel(nn.Module):
         if self.spec_encoder is not None:
             spectrum_features, spectrum_tokens = self.spec_encoder(self.normalise_spectra(specs))
             tokens.append(spectrum_tokens + spectrum_type)
-        if self.image_encoder is not None:
+        if self.image_encoder is not None and imgs is not None:
             image_features, image_tokens = self.image_encoder(normalise_images(imgs))
+            if self.spec_encoder is not None:
+                align_logits = contrastive_logits(image_features, spectrum_features)
+                if self.training:
+                    seen = torch.rand(len(imgs), 1, 1, device=imgs.device) >= self.image_dropout
+                    image_tokens = image_tokens * seen
             tokens.append(image_tokens + image_type)
-        if self.spec_encoder is not None and self.image_encoder is not None:
-            align_logits = contrastive_logits(image_features, spectrum_features)
+        elif self.image_encoder is not None:
+            tokens.append(image_type.expand(len(specs), 4, -1))  # tokens of zeros, as training has shown them
 
         cls_token = (self.cls_token + spectrum_type).expand(len(tokens[0]), -1, -1)
         x = torch.cat([cls_token, *tokens], dim=1) + self.position_embedding  # (B, 1 + 32 + 4, 512)

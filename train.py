@@ -10,11 +10,12 @@ its loss in loss_sic.py, the reading of files in data.py, a run's record and plo
 """
 
 import argparse
+import itertools
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from sklearn.utils import resample
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -36,13 +37,14 @@ import data
 import history
 from data import CLASS_NAMES, DataError, Star
 from loss_sic import loss_sic
-from model import IMAGE_BACKBONES, MODALITIES, FusionModel, load_checkpoint, save_checkpoint
+from model import IMAGE_BACKBONES, MODALITIES, FusionModel, load_checkpoint, normalise_images, save_checkpoint
 from simulate_sdss_data import simulate
 
 WARMUP_EPOCHS = 2
 WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
-AVERAGE_DECAY = 0.95  # a step, of the running mean of the weights that is validated and kept: about 20 steps
+AVERAGE_SPAN = 0.2  # of all steps: how far back the running mean of the weights, which is validated and kept, reaches
+BATCH_NORM_BATCHES = 4  # of training stars, from which those weights get the statistics of their batch norms
 BOOTSTRAP_DRAWS = 1000
 SIC_NEGATIVES = ("all", "other-classes")
 PARTS = {"validation": "which chose the checkpoint, so that their score flatters", "test": "which chose nothing"}
@@ -276,14 +278,17 @@ class Engine(NamedTuple):
     sic_weight: float = 1.0
     sic_negatives: str = "all"
 
-    def batches(self, loader: DataLoader, description: str) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
+    def batches(self, loader: Iterable, description: str) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
         """The loader's batches on the device, under a progress bar."""
         for batch in tqdm(loader, desc=description, unit="batch", leave=False):
             yield tuple(None if part is None else part.to(self.device) for part in batch)
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def loss(self, spectra: Tensor | None, images: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's loss and class logits (B, 5), float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.autocast():
             align_logits, fuse_logits = self.model(spectra, images)
         fuse_logits = fuse_logits.float()
         loss = loss_sic(
@@ -294,6 +299,17 @@ class Engine(NamedTuple):
             same_class_negatives=self.sic_negatives == "all",
         )
         return loss, fuse_logits
+
+
+def measure_batch_norm(engine: Engine, loader: DataLoader) -> None:
+    """Set the means and variances of the network's batch norms to those of a few batches.
+
+    An average over steps of what other weights gave, as in training, is not what these weights give.
+    """
+    if engine.model.image_encoder is not None:
+        batches = engine.batches(itertools.islice(loader, BATCH_NORM_BATCHES), "batch norms")
+        with engine.autocast():
+            update_bn((normalise_images(images) for _, images, _ in batches), engine.model.image_encoder)
 
 
 def train_one_epoch(
@@ -393,7 +409,8 @@ def fit(
     val_loader = make_loader(prepared, splits["validation"], config["batch_size"])
     epochs = config["num_epochs"]
     optimizer, scheduler = make_optimizer(engine.model, config["learning_rate"], epochs, len(train_loader))
-    averaged = AveragedModel(engine.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True)
+    decay = 1 - 1 / max(1, AVERAGE_SPAN * epochs * len(train_loader))
+    averaged = AveragedModel(engine.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
     parts = {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()}
     best_f1 = -1.0
@@ -401,7 +418,9 @@ def fit(
         started = time.perf_counter()
         now = f"epoch {epoch}/{epochs}"
         train_loss = train_one_epoch(engine, train_loader, optimizer, scheduler, averaged, now)
-        validation = evaluate(engine._replace(model=averaged.module), val_loader, f"{now}, validating")
+        validated = engine._replace(model=averaged.module)
+        measure_batch_norm(validated, train_loader)
+        validation = evaluate(validated, val_loader, f"{now}, validating")
         if not math.isfinite(train_loss + validation.loss):
             raise DataError(
                 f"the loss is not finite in epoch {epoch}; try a smaller --learning-rate or --precision fp32"
@@ -411,9 +430,10 @@ def fit(
         curves["val_loss"].append(validation.loss)
         for name in ("accuracy", "precision", "recall", "f1"):
             curves[f"val_{name}"].append(scores[name])
-        improved = scores["f1"] > best_f1
+        # Less than half a star apart is no difference; of equals the later has learned for longer.
+        improved = scores["f1"] > best_f1 - 0.5 / len(splits["validation"])
         if improved:
-            best_f1, final["best_epoch"] = scores["f1"], epoch
+            best_f1, final["best_epoch"] = max(best_f1, scores["f1"]), epoch
             with data.write_atomically(checkpoint_path) as temporary:
                 save_checkpoint(temporary, averaged.module, epoch=epoch, config=config, splits=parts)
         print(

@@ -40,12 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie 
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from model import IMAGE_BACKBONES, FusionModel, load_checkpoint  # noqa: E402
+from model import IMAGE_BACKBONES, FusionModel, load_checkpoint, remove_continuum  # noqa: E402
 from train import Evaluation, PreparedStars  # noqa: E402
 
 
 def fit_one_mean(self: FusionModel, spectra: torch.Tensor) -> None:
     """In place of FusionModel.fit_normalisation: one mean and one deviation for the pixels of all wavelengths."""
+    spectra = remove_continuum(spectra)
     self.spectrum_mean.fill_(spectra.mean())
     self.spectrum_std.fill_(spectra.std())
 
@@ -61,11 +62,14 @@ NETWORKS = {
 ABLATIONS = {
     "contrast with other classes only": ["--sic-negatives", "other-classes"],
     "learning rate 1e-4": ["--learning-rate", "1e-4"],
+    "with the continuum": patch.object(model, "remove_continuum", lambda spectra: spectra),
+    "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, generator: images),
-    "without averaged weights": patch.object(train, "AVERAGE_DECAY", 0.0),
+    "without averaged weights": patch.object(train, "AVERAGE_SPAN", 0.0),
     "attention as in ViLT at the start": patch.multiple(model, ATTENTION_STD=0.02, POSITION_STD=0.02),
     "one mean for all wavelengths": patch.object(FusionModel, "fit_normalisation", fit_one_mean),
 }
+WITHOUT_CONTINUUM = ", continuum removed"
 SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "within_one_subclass": "within ± 1"}
 
 # The classical methods
@@ -106,23 +110,25 @@ def image_colors(images: np.ndarray) -> np.ndarray:
 
 
 def classical_methods(seed: int) -> dict[str, tuple[str, GridSearchCV]]:
-    """By name, the input each reads ("spectra" or "images") and the estimator, not yet fitted."""
+    """By name, the input each reads ("spectra", "images", or "features": spectra as the network sees them, less the
+    continuum) and the estimator, not yet fitted."""
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     tuned = partial(GridSearchCV, cv=folds, scoring="f1_weighted", n_jobs=-1)
     components = {"pca__n_components": [10, 15, 20, 30, 40]}
     pca, forest = PCA(random_state=seed), RandomForestClassifier(500, random_state=seed)
     lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
     leaves = {"randomforestclassifier__min_samples_leaf": [1, 3]}
+    on_spectra = {
+        "PCA + SVM": tuned(make_pipeline(pca, StandardScaler(), SVC()), components | {"svc__C": [1, 10, 100]}),
+        "PCA + LDA": tuned(make_pipeline(pca, LinearDiscriminantAnalysis()), components),
+        "LDA on 32 band means": tuned(make_pipeline(FunctionTransformer(band_means), lda), {}),
+        "random forest": tuned(make_pipeline(forest), leaves),
+        "χ² fit to class means": tuned(TemplateFit(), {}),
+    }
     colors = FunctionTransformer(image_colors)
     return {
-        "PCA + SVM": (
-            "spectra",
-            tuned(make_pipeline(pca, StandardScaler(), SVC()), components | {"svc__C": [1, 10, 100]}),
-        ),
-        "PCA + LDA": ("spectra", tuned(make_pipeline(pca, LinearDiscriminantAnalysis()), components)),
-        "LDA on 32 band means": ("spectra", tuned(make_pipeline(FunctionTransformer(band_means), lda), {})),
-        "random forest": ("spectra", tuned(make_pipeline(forest), leaves)),
-        "χ² fit to class means": ("spectra", tuned(TemplateFit(), {})),
+        **{name: ("spectra", estimator) for name, estimator in on_spectra.items()},
+        **{f"{name}{WITHOUT_CONTINUUM}": ("features", estimator) for name, estimator in on_spectra.items()},
         "random forest on image colours": ("images", tuned(make_pipeline(colors, forest), leaves)),
     }
 
@@ -165,7 +171,10 @@ def select(stars: PreparedStars, indices: np.ndarray) -> PreparedStars:
 def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict[str, Evaluation]:
     """Fit on the training stars; predict the other parts."""
     kind, estimator = classical_methods(seed)[name]
-    inputs = {part: getattr(stars, kind).numpy() for part, stars in parts.items()}
+    if kind == "features":
+        inputs = {part: remove_continuum(stars.spectra).numpy() for part, stars in parts.items()}
+    else:
+        inputs = {part: getattr(stars, kind).numpy() for part, stars in parts.items()}
     estimator.fit(inputs["train"], parts["train"].targets.numpy())
     return {
         part: Evaluation(float("nan"), parts[part].targets.numpy(), estimator.predict(inputs[part]))

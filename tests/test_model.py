@@ -186,8 +186,33 @@ def test_spectra_are_measured_against_the_mean_spectrum():
     model.fit_normalisation(spectra)
     normalised = model.normalise_spectra(spectra)
     assert normalised.mean(dim=0).abs().max() < 1e-4 and normalised.std().item() == pytest.approx(1, abs=0.01)
-    assert model.normalise_spectra(spectra + 100).max() == 5  # one wild pixel does not outshine the others
+    wild = spectra.clone()
+    wild[:, 1000] += 100
+    assert model.normalise_spectra(wild).max() == 5  # one wild pixel does not outshine the others
     assert {"spectrum_mean", "spectrum_std"} <= set(model.state_dict())  # they travel with the weights
+
+
+def test_reddening_and_calibration_are_taken_out_of_spectra():
+    """Whatever cubic in log wavelength lies on a spectrum, the network gets the same."""
+    model, x = small_model(modality="spectrum"), torch.linspace(-1, 1, 3522)
+    spectra = 1 + torch.randn(20, 3522) * 0.2
+    model.fit_normalisation(spectra)
+    tilted = spectra + 0.5 - x + 0.7 * x**2 + 0.3 * x**3
+    assert torch.allclose(model.normalise_spectra(tilted), model.normalise_spectra(spectra), atol=1e-4)
+    assert not torch.allclose(
+        model.normalise_spectra(spectra + (3 * x).sin()), model.normalise_spectra(spectra), atol=0.1
+    )
+
+
+def test_an_image_left_out_is_what_training_showed_at_random():
+    """With image_dropout 1, in training, no image reaches the Transformer; the contrast still has it."""
+    model = small_model(image_dropout=1.0).train()
+    specs, imgs, _ = inputs(4)
+    align_logits, hidden = model(specs, imgs)
+    none, absent = model(specs, None)
+    assert none is None and align_logits.shape == (4, 4)
+    assert torch.allclose(hidden, absent, atol=1e-5)
+    assert not torch.allclose(model.eval()(specs, imgs)[1], absent, atol=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
