@@ -350,7 +350,7 @@ class Downloader:
     def _save(self, body: bytes, file: File) -> Spectrum | np.ndarray:
         """Write and check a file. Raises FetchError if it is no good, DataError if nothing can be written."""
         try:
-            # One at a time: `stop` relies on it, and so does astropy's handling of warnings.
+            # One at a time: `stop` relies on it.
             with self.writing, data.write_atomically(file.path) as temporary:
                 temporary.write_bytes(body)
                 try:
