@@ -24,7 +24,6 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +33,6 @@ from astropy.coordinates import SkyCoord, search_around_sky
 from PIL import Image, UnidentifiedImageError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm.auto import tqdm
-from tqdm.contrib.concurrent import process_map
 
 CLASS_NAMES = ("M0", "M1", "M2", "M3", "M4")
 
@@ -80,6 +77,10 @@ _JPEG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 class DataError(ValueError):
     """Something of the user's cannot be used; the message says what, in which file, and what to do."""
+
+
+class UnreadableError(DataError):
+    """A file is there, but the system does not let it be read; its content may be good."""
 
 
 def run_as_script(main: Callable[[], None]) -> None:
@@ -453,7 +454,7 @@ def _read_bytes(path: Path) -> bytes:
             raise DataError(f"{path}: {size} bytes; no file of one star is larger than {MAX_FILE_BYTES}")
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
     if not content:
         raise DataError(f"{path}: the file is empty; delete it and download it again")
     return content
@@ -506,47 +507,3 @@ def load_spectrum(data_dir: Path, star: Star) -> np.ndarray:
 def load_cutout(data_dir: Path, star: Star) -> np.ndarray:
     """A star's prepared cutout, (3, 128, 128) uint8, from its file. Raises DataError, naming the file."""
     return prepare_cutout(read_cutout(cutout_path(data_dir, star)))
-
-
-class LoadedStar(NamedTuple):
-    """A star and its prepared files; `missing` and `damage` say why it cannot be used ("" if it can)."""
-
-    star: Star  # with the position in its spectrum where the catalogue has none
-    spectrum: np.ndarray | None = None  # (3522,) float32, None if not wanted
-    image: np.ndarray | None = None  # (3, 128, 128) uint8, None if not wanted
-    missing: str = ""  # "no spectrum", "no image" or both
-    damage: str = ""  # what is wrong, with the file's name
-
-
-def load_star(star: Star, data_dir: Path, *, spectra: bool, images: bool) -> LoadedStar:
-    """Read and prepare a star's spectrum and cutout, as far as they are wanted."""
-    paths = {"spectrum": spectrum_path(data_dir, star), "image": cutout_path(data_dir, star)}
-    wanted = {"spectrum": spectra, "image": images}
-    missing = [f"no {kind}" for kind, path in paths.items() if wanted[kind] and not path.exists()]
-    if missing:
-        return LoadedStar(star, missing=", ".join(missing))
-    prepared = None
-    try:
-        # A spectrum that is not wanted still tells where its star is, and whether it is simulated.
-        if paths["spectrum"].exists():
-            spectrum = read_spectrum(paths["spectrum"], star)
-            prepared = prepare_spectrum(spectrum) if spectra else None
-            star = star._replace(simulated=star.simulated or spectrum.simulated)
-            if not (math.isfinite(star.ra) and math.isfinite(star.dec)):
-                star = star._replace(ra=spectrum.ra, dec=spectrum.dec)
-    except DataError as error:
-        if spectra:
-            return LoadedStar(star, damage=str(error))
-    try:
-        return LoadedStar(star, prepared, load_cutout(data_dir, star) if images else None)
-    except DataError as error:
-        return LoadedStar(star, damage=str(error))
-
-
-def load_stars(stars: list[Star], data_dir: Path, *, spectra: bool, images: bool, num_workers: int) -> list[LoadedStar]:
-    """`load_star` for many, in `num_workers` processes, under a progress bar."""
-    load = partial(load_star, data_dir=data_dir, spectra=spectra, images=images)
-    progress = {"desc": "reading stars", "unit": "star", "leave": False}
-    if num_workers > 1:
-        return process_map(load, stars, max_workers=num_workers, chunksize=16, **progress)
-    return [load(star) for star in tqdm(stars, **progress)]

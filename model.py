@@ -13,6 +13,7 @@ load. The Transformer has the shape of ViLT (Kim et al. 2021), as theirs, built 
 import http.client
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,18 @@ class FusionModel(nn.Module):
                 nn.init.normal_(keys, std=ATTENTION_STD)
                 nn.init.normal_(values, std=INIT_STD)
 
-    def fit_normalisation(self, spectra: Tensor) -> None:
-        """Take from spectra (N, 3522) their mean, pixel by pixel, and the mean deviation of a pixel from it."""
-        self.spectrum_mean.copy_(spectra.mean(dim=0))
-        self.spectrum_std.copy_(spectra.std(dim=0).mean())
+    def fit_normalisation(self, chunks: Iterable[Tensor]) -> None:
+        """Take from spectra, given in chunks (n, 3522), their mean, pixel by pixel, and the mean deviation of a pixel
+        from it."""
+        count, mean, squares = 0, torch.zeros(SPECTRUM_LENGTH).double(), torch.zeros(SPECTRUM_LENGTH).double()
+        for chunk in chunks:  # the sum of squares about the mean grows as in Chan, Golub & LeVeque 1983
+            variance, chunk_mean = torch.var_mean(chunk.double(), dim=0, correction=0)
+            added, shift = len(chunk), chunk_mean - mean
+            count += added
+            mean += shift * (added / count)
+            squares += variance * added + shift**2 * (added * (count - added) / count)
+        self.spectrum_mean.copy_(mean)
+        self.spectrum_std.copy_((squares / (count - 1)).sqrt().mean())
 
     def normalise_spectra(self, specs: Tensor) -> Tensor:
         """What sets a spectrum apart from the mean one: (B, 3522), about 0 ± 1."""
