@@ -237,17 +237,10 @@ def test_another_stars_spectrum_is_refused(tmp_path, other):
         data.read_spectrum(path, STAR)
 
 
-def test_position_and_simulation_come_from_the_spectrum_where_the_catalogue_is_silent(tmp_path):
-    path = data.spectrum_path(tmp_path, STAR)
-    path.parent.mkdir(parents=True)
-    write_spectrum(path, *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-3.25, SIMULATD=True))
-    loaded = data.load_star(STAR, tmp_path, spectra=True, images=False)
-    assert (loaded.star.ra, loaded.star.dec, loaded.star.simulated) == (12.5, -3.25, True)
-    path.unlink()
-    write_spectrum(path, *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-999.0))
-    assert np.isnan(data.read_spectrum(path, STAR).dec)
-    known = data.load_star(STAR._replace(ra=1.0, dec=2.0), tmp_path, spectra=True, images=False)
-    assert (known.star.ra, known.star.dec) == (1.0, 2.0)
+def test_a_position_that_is_none_is_not_taken(tmp_path):
+    path = write_spectrum(tmp_path / "a.fits", *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-999.0))
+    spectrum = data.read_spectrum(path, STAR)
+    assert np.isnan([spectrum.ra, spectrum.dec]).all()
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path):
