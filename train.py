@@ -177,11 +177,12 @@ def report_usable(checked: list[CheckedStar]) -> None:
 
 def turn_images(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image (B, 3, H, H) turned by quarter turns and mirrored at random: the sky has no up and no left."""
-    symmetry = torch.randint(8, (len(images),), generator=generator)
+    symmetries = torch.randint(8, (len(images),), generator=generator).tolist()
     turned = torch.empty_like(images)
-    for k in range(8):
-        chosen = images[symmetry == k].rot90(k % 4, dims=(2, 3))
-        turned[symmetry == k] = chosen.flip(3) if k >= 4 else chosen
+    # NumPy turns and mirrors without copying, so that each image is copied once.
+    for image, target, k in zip(images.numpy(), turned.numpy(), symmetries, strict=True):
+        view = np.rot90(image, k % 4, axes=(1, 2))
+        target[:] = view[:, :, ::-1] if k >= 4 else view
     return turned
 
 
