@@ -18,6 +18,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -28,7 +29,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
-from tqdm.contrib.concurrent import process_map
 
 import data
 from data import DataError, Star
@@ -42,6 +42,8 @@ ROWS = {
 NO_FILE = {"spectra": "no spectrum", "images": "no image"}
 INDEX_FILE = "index.json"
 COPIED_ROWS = 256  # at once, from the cache before to the one in the making
+# The code that runs; the files may be edited meanwhile.
+SOURCES = b"".join(Path(module_file).read_bytes() for module_file in (data.__file__, __file__))
 FEW_FILES = 256  # so many are decoded before worker processes would have started
 
 
@@ -180,15 +182,14 @@ def up_to_date_cache(
         with only_one_maker(directory):
             cache = open_cache(directory)  # another run may just have made it
             if not is_current(cache):
-                make_cache(directory, cache, data_dir, listed, stamps, num_workers)
-                cache = open_cache(directory)
+                cache = make_cache(directory, cache, data_dir, listed, stamps, num_workers)
             return cache
     except OSError as error:
         reason = error.strerror or error
     with tempfile.TemporaryDirectory() as temporary:
         print(f"{directory}: cannot be written ({reason}); for this run alone, the prepared stars go to {temporary}")
-        make_cache(Path(temporary), cache, data_dir, listed, stamps, num_workers)
-        return open_cache(Path(temporary))  # open files outlive their names
+        # Open files outlive their names.
+        return make_cache(Path(temporary), cache, data_dir, listed, stamps, num_workers)
 
 
 @contextlib.contextmanager
@@ -225,10 +226,8 @@ def array_path(directory: Path, kind: str) -> Path:
 def preparation() -> str:
     """A fingerprint of all that turns a file into a row, so that nobody has to remember a version number."""
     constants = {name: value for name, value in vars(data).items() if name.isupper()}  # some may be patched
-    digest = hashlib.sha256(repr((constants, np.__version__, PIL.__version__)).encode())
-    for source in (data.__file__, __file__):
-        digest.update(Path(source).read_bytes())
-    return digest.hexdigest()
+    settings = repr((constants, np.__version__, PIL.__version__))
+    return hashlib.sha256(SOURCES + settings.encode()).hexdigest()
 
 
 def make_cache(
@@ -238,8 +237,8 @@ def make_cache(
     listed: list[tuple[Star, dict[str, str]]],
     stamps: dict[str, list[int]],
     num_workers: int,
-) -> None:
-    """Write the cache of these stars: unchanged rows from the old one, all others from their files."""
+) -> Cache:
+    """Write the cache of these stars, unchanged rows from the old one, all others from their files; and open it."""
     for leftover in directory.glob(".*.partial*"):  # of a run that was killed
         leftover.unlink()
     entries: dict[str, Entry] = {}
@@ -276,6 +275,10 @@ def make_cache(
     }
     with data.write_atomically(directory / INDEX_FILE) as temporary:
         temporary.write_text(json.dumps(index), encoding="utf-8")
+    cache = open_cache(directory)
+    if cache is None:
+        raise DataError(f"{directory}: was changed while it was made; run again")
+    return cache
 
 
 class Task(NamedTuple):
@@ -302,10 +305,11 @@ class Target(NamedTuple):
 
 def decode_files(tasks: list[Task], data_dir: Path, targets: dict[str, Target], num_workers: int) -> list[Finding]:
     decode = partial(decode_file, data_dir=data_dir, targets=targets)
-    progress = {"desc": "reading the stars' files", "unit": "file", "leave": False}
-    if num_workers > 1 and len(tasks) > FEW_FILES:
-        return process_map(decode, tasks, max_workers=num_workers, chunksize=16, **progress)
-    return [decode(task) for task in tqdm(tasks, disable=not tasks, **progress)]
+    progress = partial(tqdm, desc="reading the stars' files", unit="file", total=len(tasks), leave=False)
+    if num_workers <= 1 or len(tasks) <= FEW_FILES:
+        return [decode(task) for task in progress(tasks)]
+    with ProcessPoolExecutor(num_workers) as pool:
+        return list(progress(pool.map(decode, tasks, chunksize=32)))
 
 
 def decode_file(task: Task, data_dir: Path, targets: dict[str, Target]) -> Finding:

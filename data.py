@@ -357,7 +357,7 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
         simulated = header.get("SIMULATD") == "T"
     except EOFError:
         raise DataError(f"{path}: the file is truncated; delete it and download it again") from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise DataError(f"{path}: not an SDSS spectrum ({type(error).__name__}: {_first_line(error)})") from error
 
     if not (0 <= ra <= 360 and -90 <= dec <= 90):
@@ -371,8 +371,8 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
     return Spectrum(**columns, ra=ra, dec=dec, simulated=simulated, path=path)
 
 
-# A FITS file read for its headers and one table of plain columns, in a fifth of the time that astropy.io.fits takes
-# for all that a FITS file can be; tests/test_data.py compares the two.
+# Of FITS, what SDSS's files use: headers, and tables of plain columns. astropy.io.fits, which knows all of it, takes
+# many times as long; tests/test_data.py compares the two.
 
 
 def _fits_hdus(content: bytes) -> Iterator[tuple[dict[str, str], int]]:

@@ -83,6 +83,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="most connections to each server",
     )
+    # No limit of the cutout service is published; SkyServer's SQL search allows 60 queries a minute.
     add("--image-rate", type=positive, default=1.0, metavar="R", help="most cutouts asked for in a second")
     add("--limit", type=data.number_between(int, 1, 10**9), metavar="N", help="only the first N stars of the catalogue")
     add("--dry-run", action="store_true", help="print what would be fetched, write nothing")

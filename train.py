@@ -126,8 +126,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 class PreparedStars(NamedTuple):
-    """The usable stars, prepared; indexed by stars, the arrays give tensors. An input the modality does not read is
-    None."""
+    """The usable stars. Indexed, the arrays give tensors; an input the modality does not read is None."""
 
     stars: list[Star]
     spectra: CachedArray | Tensor | None  # (N, 3522) float32
@@ -532,8 +531,8 @@ def train(args: argparse.Namespace, prepared: PreparedStars, not_used: dict[str,
         num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
     ).to(device, memory_format=torch.channels_last)
     if model.spec_encoder is not None:
-        rows = torch.from_numpy(splits["train"])
-        model.fit_normalisation(prepared.spectra[some] for some in rows.split(SPECTRA_AT_ONCE))
+        chunks = torch.from_numpy(splits["train"]).split(SPECTRA_AT_ONCE)
+        model.fit_normalisation(prepared.spectra[indices] for indices in chunks)
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
 
     with history.claim_training_id(args.output_dir) as training_id:

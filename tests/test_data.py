@@ -299,7 +299,16 @@ def test_spectra_are_read_as_astropy_reads_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "card", [("TSCAL1", 2.0), ("NAXIS1", 16), ("NAXIS1", -12), ("NAXIS2", 10**9), ("TFORM2", "1PE(5)"), ("GCOUNT", -1)]
+    "card",
+    [
+        ("TSCAL1", 2.0),
+        ("NAXIS1", 16),
+        ("NAXIS1", -12),
+        ("NAXIS2", 10**9),
+        ("TFORM2", "1PE(5)"),
+        ("GCOUNT", -1),
+        ("TFORM2", "9" * 30 + "E"),
+    ],
 )
 def test_tables_that_are_not_sdss_ones_are_refused(tmp_path, card):
     content = write_spectrum(tmp_path / "a.fits", *flat_spectrum()).read_bytes()
