@@ -73,7 +73,7 @@ class CheckedStar(NamedTuple):
     damage: str = ""  # what is wrong, with the file's name
 
 
-def file_stamp(file: Path | int) -> list[int] | None:
+def file_stamp(file: Path | str | int) -> list[int] | None:
     """Size in bytes and time of change in ns of a path or an open file; None if there is no such file."""
     try:
         stat = os.stat(file)
@@ -130,7 +130,9 @@ def open_stars(
     New and changed files are decoded first, in `num_workers` processes, under a progress bar.
     """
     listed = [(star, star_files(star)) for star in stars]
-    stamps = {name: stamp for _, files in listed for name in files.values() if (stamp := file_stamp(data_dir / name))}
+    stamps = {
+        name: stamp for _, files in listed for name in files.values() if (stamp := file_stamp(f"{data_dir}/{name}"))
+    }
     cache = up_to_date_cache(data_dir, listed, stamps, num_workers)
     kinds = [kind for kind, wanted in (("spectra", spectra), ("images", images)) if wanted]
     found = {name: cache.entries[name].finding for name in stamps}
