@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import csv
 import io
-import math
 import os
 import re
 import sys
@@ -25,7 +24,6 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +35,6 @@ from astropy.utils.exceptions import AstropyWarning
 from PIL import Image, UnidentifiedImageError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm.auto import tqdm
-from tqdm.contrib.concurrent import process_map
 
 CLASS_NAMES = ("M0", "M1", "M2", "M3", "M4")
 
@@ -74,15 +70,22 @@ FIRST_BOSS_PLATE = 3523
 
 SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
 
+_FITS_TYPES = {"L": "i1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8", "A": "S1"}
+
 # What astropy and Pillow raise on files that are damaged or something else.
 _FITS_ERRORS = (
-    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, fits.VerifyError
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, OverflowError,
+    fits.VerifyError,
 )  # fmt: skip
 _JPEG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class DataError(ValueError):
     """Something of the user's cannot be used; the message says what, in which file, and what to do."""
+
+
+class UnreadableError(DataError):
+    """A file is there, but the system does not let it be read; its content may be good."""
 
 
 def run_as_script(main: Callable[[], None]) -> None:
@@ -347,22 +350,19 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
     if not content.startswith(b"SIMPLE  ="):
         raise DataError(f"{path}: not a FITS file (it begins with {content[:20]!r})")
     try:
-        # astropy only warns of a truncated file; here it is an error, found by where the last HDU ends.
-        with warnings.catch_warnings(action="ignore", category=AstropyWarning), fits.open(io.BytesIO(content)) as hdus:
-            header, table = hdus[0].header, hdus[1]
-            last = hdus[-1].fileinfo()
-            if last["datLoc"] + last["datSpan"] != len(content):
-                raise DataError(f"{path}: the file is truncated; delete it and download it again")
-            columns = {
-                name: np.asarray(table.data[name], dtype=dtype)
-                for name, dtype in (("loglam", np.float64), ("flux", np.float32), ("ivar", np.float32))
-            }
-            wanted = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
-            stated = {key: header[key] for key in wanted if key in header}
-            ra, dec = (float(header.get(key, "nan")) for key in ("PLUG_RA", "PLUG_DEC"))
-            simulated = bool(header.get("SIMULATD", False))
-    except DataError:
-        raise
+        with warnings.catch_warnings(action="ignore", category=AstropyWarning):
+            (header, _), (table_header, table_start), *_ = _read_headers(content)
+        table = np.frombuffer(content, _table_dtype(table_header), table_header["NAXIS2"], table_start)
+        columns = {
+            name: np.asarray(table[name], dtype=dtype)
+            for name, dtype in (("loglam", np.float64), ("flux", np.float32), ("ivar", np.float32))
+        }
+        wanted = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
+        stated = {key: header[key] for key in wanted if key in header}
+        ra, dec = (float(header.get(key, "nan")) for key in ("PLUG_RA", "PLUG_DEC"))
+        simulated = bool(header.get("SIMULATD", False))
+    except EOFError:
+        raise DataError(f"{path}: the file is truncated; delete it and download it again") from None
     except _FITS_ERRORS as error:
         raise DataError(f"{path}: not an SDSS spectrum ({type(error).__name__}: {_first_line(error)})") from error
 
@@ -375,6 +375,41 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
     if not np.isfinite(columns["loglam"]).all() or (np.diff(columns["loglam"]) <= 0).any():
         raise DataError(f"{path}: its wavelengths do not increase from pixel to pixel")
     return Spectrum(**columns, ra=ra, dec=dec, simulated=simulated, path=path)
+
+
+# The headers are read by astropy, the rows by NumPy: astropy's own tables take four times as long, most of a run's
+# first start. tests/test_data.py compares the two.
+
+
+def _read_headers(content: bytes) -> list[tuple[fits.Header, int]]:
+    """Each HDU's header, and where its data begin. Raises EOFError if the last HDU is not whole."""
+    file, headers = io.BytesIO(content), []
+    while file.tell() < len(content):
+        header = fits.Header.fromfile(file)
+        if header.data_size < 0:
+            raise ValueError("a negative size")
+        headers.append((header, file.tell()))
+        file.seek(header.data_size_padded, io.SEEK_CUR)
+    if file.tell() > len(content):
+        raise EOFError
+    return headers
+
+
+def _table_dtype(header: fits.Header) -> np.dtype:
+    """The NumPy type of a row of a FITS binary table of plain columns, the only ones that SDSS's spectra have."""
+    numbers = range(1, header["TFIELDS"] + 1)
+    scaled = [key for number in numbers for key in (f"TSCAL{number}", f"TZERO{number}") if key in header]
+    if scaled:
+        raise ValueError(f"scaled columns, {scaled[0]}")
+    columns = []
+    for number in numbers:
+        name, form = header[f"TTYPE{number}"].lower(), header[f"TFORM{number}"]  # "E", "1E" or "4A"
+        kind, repeat = _FITS_TYPES[form[-1:]], int(form[:-1] or 1)
+        columns.append((name, kind) if repeat == 1 else (name, kind, (repeat,)))
+    row = np.dtype(columns)
+    if row.itemsize != header["NAXIS1"]:
+        raise ValueError(f"rows of {header['NAXIS1']} bytes, columns of {row.itemsize}")
+    return row
 
 
 def read_cutout(path: Path, size: int | None = None) -> np.ndarray:
@@ -396,7 +431,8 @@ def read_cutout(path: Path, size: int | None = None) -> np.ndarray:
         raise
     except _JPEG_ERRORS as error:
         raise DataError(f"{path}: a damaged JPEG image ({_first_line(error)})") from error
-    if (pixels == 0).all(axis=2).mean() > MAX_BLACK_FRACTION:
+    red, green, blue = np.moveaxis(pixels, 2, 0)
+    if ((red | green | blue) == 0).mean() > MAX_BLACK_FRACTION:
         raise DataError(
             f"{path}: a black tile: the star lies outside the imaging footprint, or the server drew an error"
         )
@@ -410,7 +446,7 @@ def _read_bytes(path: Path) -> bytes:
             raise DataError(f"{path}: {size} bytes; no file of one star is larger than {MAX_FILE_BYTES}")
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
     if not content:
         raise DataError(f"{path}: the file is empty; delete it and download it again")
     return content
@@ -463,47 +499,3 @@ def load_spectrum(data_dir: Path, star: Star) -> np.ndarray:
 def load_cutout(data_dir: Path, star: Star) -> np.ndarray:
     """A star's prepared cutout, (3, 128, 128) uint8, from its file. Raises DataError, naming the file."""
     return prepare_cutout(read_cutout(cutout_path(data_dir, star)))
-
-
-class LoadedStar(NamedTuple):
-    """A star and its prepared files; `missing` and `damage` say why it cannot be used ("" if it can)."""
-
-    star: Star  # with the position in its spectrum where the catalogue has none
-    spectrum: np.ndarray | None = None  # (3522,) float32, None if not wanted
-    image: np.ndarray | None = None  # (3, 128, 128) uint8, None if not wanted
-    missing: str = ""  # "no spectrum", "no image" or both
-    damage: str = ""  # what is wrong, with the file's name
-
-
-def load_star(star: Star, data_dir: Path, *, spectra: bool, images: bool) -> LoadedStar:
-    """Read and prepare a star's spectrum and cutout, as far as they are wanted."""
-    paths = {"spectrum": spectrum_path(data_dir, star), "image": cutout_path(data_dir, star)}
-    wanted = {"spectrum": spectra, "image": images}
-    missing = [f"no {kind}" for kind, path in paths.items() if wanted[kind] and not path.exists()]
-    if missing:
-        return LoadedStar(star, missing=", ".join(missing))
-    prepared = None
-    try:
-        # A spectrum that is not wanted still tells where its star is, and whether it is simulated.
-        if paths["spectrum"].exists():
-            spectrum = read_spectrum(paths["spectrum"], star)
-            prepared = prepare_spectrum(spectrum) if spectra else None
-            star = star._replace(simulated=star.simulated or spectrum.simulated)
-            if not (math.isfinite(star.ra) and math.isfinite(star.dec)):
-                star = star._replace(ra=spectrum.ra, dec=spectrum.dec)
-    except DataError as error:
-        if spectra:
-            return LoadedStar(star, damage=str(error))
-    try:
-        return LoadedStar(star, prepared, load_cutout(data_dir, star) if images else None)
-    except DataError as error:
-        return LoadedStar(star, damage=str(error))
-
-
-def load_stars(stars: list[Star], data_dir: Path, *, spectra: bool, images: bool, num_workers: int) -> list[LoadedStar]:
-    """`load_star` for many, in `num_workers` processes, under a progress bar."""
-    load = partial(load_star, data_dir=data_dir, spectra=spectra, images=images)
-    progress = {"desc": "reading stars", "unit": "star", "leave": False}
-    if num_workers > 1:
-        return process_map(load, stars, max_workers=num_workers, chunksize=16, **progress)
-    return [load(star) for star in tqdm(stars, **progress)]

@@ -83,6 +83,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="most connections to each server",
     )
+    # No limit of the cutout service is published; SkyServer's SQL search allows 60 queries a minute.
     add("--image-rate", type=positive, default=1.0, metavar="R", help="most cutouts asked for in a second")
     add("--limit", type=data.number_between(int, 1, 10**9), metavar="N", help="only the first N stars of the catalogue")
     add("--dry-run", action="store_true", help="print what would be fetched, write nothing")
@@ -350,7 +351,7 @@ class Downloader:
     def _save(self, body: bytes, file: File) -> Spectrum | np.ndarray:
         """Write and check a file. Raises FetchError if it is no good, DataError if nothing can be written."""
         try:
-            # One at a time: `stop` relies on it, and so does astropy's handling of warnings.
+            # One at a time: `stop` relies on it.
             with self.writing, data.write_atomically(file.path) as temporary:
                 temporary.write_bytes(body)
                 try:

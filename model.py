@@ -14,6 +14,7 @@ import functools
 import http.client
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from data import SPECTRUM_LENGTH
@@ -205,11 +207,14 @@ class FusionModel(nn.Module):
                 nn.init.normal_(keys, std=ATTENTION_STD)
                 nn.init.normal_(values, std=INIT_STD)
 
-    def fit_normalisation(self, spectra: Tensor) -> None:
-        """Take from spectra (N, 3522) their mean, pixel by pixel, and the mean deviation of a pixel from it."""
-        spectra = remove_continuum(spectra)
-        self.spectrum_mean.copy_(spectra.mean(dim=0))
-        self.spectrum_std.copy_(spectra.std(dim=0).mean())
+    def fit_normalisation(self, chunks: Iterable[Tensor]) -> None:
+        """Take from spectra, given in chunks (n, 3522), their mean, pixel by pixel, and the mean deviation of a
+        pixel from it, both without continuum."""
+        scaler = StandardScaler()
+        for chunk in chunks:
+            scaler.partial_fit(remove_continuum(chunk).numpy())
+        self.spectrum_mean.copy_(torch.from_numpy(scaler.mean_))
+        self.spectrum_std.copy_(torch.from_numpy(scaler.var_).sqrt().mean())
 
     def normalise_spectra(self, specs: Tensor) -> Tensor:
         """What sets a spectrum apart from the mean one, but for the continuum: (B, 3522), about 0 ± 1."""

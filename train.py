@@ -6,7 +6,7 @@
     python train.py --evaluate checkpoints/best_model_ID.pth   score a checkpoint on its validation stars
 
 Read top to bottom: options, stars, split, training and evaluation, a run. The network is in model.py,
-its loss in loss_sic.py, the reading of files in data.py, a run's record and plots in history.py.
+its loss in loss_sic.py, the reading of files in data.py and cache.py, a run's record and plots in history.py.
 """
 
 import argparse
@@ -33,8 +33,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+import cache
 import data
 import history
+from cache import CachedArray, CheckedStar
 from data import CLASS_NAMES, DataError, Star
 from loss_sic import loss_sic
 from model import IMAGE_BACKBONES, MODALITIES, FusionModel, load_checkpoint, normalise_images, save_checkpoint
@@ -45,6 +47,7 @@ WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
 AVERAGE_SPAN = 0.2  # of all steps: how far back the running mean of the weights, which is validated and kept, reaches
 BATCH_NORM_BATCHES = 4  # of training stars, from which those weights get the statistics of their batch norms
+SPECTRA_AT_ONCE = 1024  # in memory, when their mean is taken
 BOOTSTRAP_DRAWS = 1000
 SIC_NEGATIVES = ("all", "other-classes")
 PARTS = {"validation": "which chose the checkpoint, so that their score flatters", "test": "which chose nothing"}
@@ -125,11 +128,11 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 class PreparedStars(NamedTuple):
-    """The usable stars, prepared and held in memory; an input the modality does not read is None."""
+    """The usable stars. Indexed, the arrays give tensors; an input the modality does not read is None."""
 
     stars: list[Star]
-    spectra: Tensor | None  # (N, 3522) float32
-    images: Tensor | None  # (N, 3, 128, 128) uint8
+    spectra: CachedArray | Tensor | None  # (N, 3522) float32
+    images: CachedArray | Tensor | None  # (N, 3, 128, 128) uint8
     targets: Tensor  # (N,) int64, indices into CLASS_NAMES
 
 
@@ -138,49 +141,49 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
     stars, left_out = data.read_catalog(data.catalog_path(data_dir))
     for reason, count in left_out.items():
         print(f"{count} row(s) of the catalogue left out: {reason}")
-    loaded = data.load_stars(
+    checked, arrays = cache.open_stars(
         stars, data_dir, spectra=modality != "image", images=modality != "spectrum", num_workers=num_workers
     )
-    report_usable(loaded)
-    usable = [entry for entry in loaded if not (entry.missing or entry.damage)]
+    report_usable(checked)
+    usable = [entry.star for entry in checked if not (entry.missing or entry.damage)]
     if not usable:
         raise DataError(
             f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used; "
             f"python download_sdss_data.py --data-dir {data_dir} fetches their files"
         )
-    spectra, images = ([entry.spectrum for entry in usable], [entry.image for entry in usable])
     prepared = PreparedStars(
-        stars=[entry.star for entry in usable],
-        spectra=None if modality == "image" else torch.from_numpy(np.stack(spectra)),
-        images=None if modality == "spectrum" else torch.from_numpy(np.stack(images)),
-        targets=torch.tensor([CLASS_NAMES.index(entry.star.subclass) for entry in usable]),
+        stars=usable,
+        spectra=arrays.get("spectra"),
+        images=arrays.get("images"),
+        targets=torch.tensor([CLASS_NAMES.index(star.subclass) for star in usable]),
     )
     return prepared, {
         "rows_left_out": dict(left_out),
-        "stars_missing": dict(Counter(f"{entry.star.subclass}: {entry.missing}" for entry in loaded if entry.missing)),
-        "set_aside": [entry.damage for entry in loaded if entry.damage],
+        "stars_missing": dict(Counter(f"{entry.star.subclass}: {entry.missing}" for entry in checked if entry.missing)),
+        "set_aside": [entry.damage for entry in checked if entry.damage],
     }
 
 
-def report_usable(loaded: list[data.LoadedStar]) -> None:
+def report_usable(checked: list[CheckedStar]) -> None:
     """Print, per class, how many stars are used, and how many are not and why; name each damaged file."""
-    states = ["damaged" if entry.damage else entry.missing or "used" for entry in loaded]
-    table = pd.crosstab([entry.star.subclass for entry in loaded], states, margins=True, margins_name="all")
+    states = ["damaged" if entry.damage else entry.missing or "used" for entry in checked]
+    table = pd.crosstab([entry.star.subclass for entry in checked], states, margins=True, margins_name="all")
     columns = sorted(set(states), key=lambda state: (state != "used", state))
     table = table[["all", *columns]].rename(columns={"all": "listed"})
     print(table.rename_axis(index=None, columns="class").to_string())
-    for entry in loaded:
+    for entry in checked:
         if entry.damage:
             print(f"set aside: {entry.damage}")
 
 
 def turn_images(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image (B, 3, H, H) turned by quarter turns and mirrored at random: the sky has no up and no left."""
-    symmetry = torch.randint(8, (len(images),), generator=generator)
+    symmetries = torch.randint(8, (len(images),), generator=generator).tolist()
     turned = torch.empty_like(images)
-    for k in range(8):
-        chosen = images[symmetry == k].rot90(k % 4, dims=(2, 3))
-        turned[symmetry == k] = chosen.flip(3) if k >= 4 else chosen
+    # NumPy turns and mirrors without copying, so that each image is copied once.
+    for image, target, k in zip(images.numpy(), turned.numpy(), symmetries, strict=True):
+        view = np.rot90(image, k % 4, axes=(1, 2))
+        target[:] = view[:, :, ::-1] if k >= 4 else view
     return turned
 
 
@@ -223,6 +226,7 @@ def make_loader(
         shuffle=shuffle_seed is not None,
         generator=generator,
         collate_fn=lambda batch: batch,  # __getitems__ already gives a batch
+        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -547,7 +551,8 @@ def train(args: argparse.Namespace, prepared: PreparedStars, not_used: dict[str,
         num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
     ).to(device, memory_format=torch.channels_last)
     if model.spec_encoder is not None:
-        model.fit_normalisation(prepared.spectra[splits["train"]])
+        chunks = torch.from_numpy(splits["train"]).split(SPECTRA_AT_ONCE)
+        model.fit_normalisation(prepared.spectra[indices] for indices in chunks)
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
 
     with history.claim_training_id(args.output_dir) as training_id:

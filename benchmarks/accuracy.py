@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -44,9 +45,9 @@ from model import IMAGE_BACKBONES, FusionModel, load_checkpoint, remove_continuu
 from train import Evaluation, PreparedStars  # noqa: E402
 
 
-def fit_one_mean(self: FusionModel, spectra: torch.Tensor) -> None:
+def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
     """In place of FusionModel.fit_normalisation: one mean and one deviation for the pixels of all wavelengths."""
-    spectra = remove_continuum(spectra)
+    spectra = remove_continuum(torch.cat(list(chunks)))
     self.spectrum_mean.fill_(spectra.mean())
     self.spectrum_std.fill_(spectra.std())
 

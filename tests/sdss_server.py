@@ -32,7 +32,7 @@ SKYSERVER = "/dr16/SkyServerWS"
 
 
 def make_spectrum_bytes(star: Star, extensions: int = 3) -> bytes:
-    """A FITS file laid out as SDSS's lite ones; `extensions` > 3 adds exposures, as in the full ones."""
+    """A FITS file laid out as SDSS's lite ones; `extensions` > 3 adds exposures of 2048 pixels, as in the full ones."""
     pixels = 3840
     random = np.random.default_rng(star.plate * 1000 + star.fiberID)
     loglam = (np.arange(pixels) + 35_800) * 1e-4
@@ -52,7 +52,9 @@ def make_spectrum_bytes(star: Star, extensions: int = 3) -> bytes:
     primary.header.update({"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID, **position})
     coadd = fits.BinTableHDU.from_columns(columns, name="COADD")
     row = [fits.Column("CLASS", "4A", array=["STAR"]), fits.Column("SUBCLASS", "2A", array=[star.subclass])]
-    others = [fits.BinTableHDU.from_columns(row) for _ in range(extensions - 1)]
+    others = [fits.BinTableHDU.from_columns(row) for _ in range(2)]
+    exposure = [fits.Column(column.name, column.format, array=column.array[:2048]) for column in columns]
+    others += [fits.BinTableHDU.from_columns(exposure) for _ in range(extensions - 3)]
     content = io.BytesIO()
     fits.HDUList([primary, coadd, *others]).writeto(content)
     return content.getvalue()
@@ -144,6 +146,7 @@ class SdssServer(ThreadingHTTPServer):
         self.footprint: dict[tuple[str, str], tuple[float, float]] = {}
         self.requests: list[Request] = []
         self.connections = self.open_connections = self.most_open_connections = 0
+        self.bytes_sent = 0  # of bodies
         self.script: Callable[[str, int], Fault | None] = lambda path, attempt: None
         self.delay = 0.0
         self.closing = threading.Event()
@@ -171,7 +174,7 @@ class SdssServer(ThreadingHTTPServer):
         else:
             lite, full = (f"{SAS}/sdss/spectro/redux/{run2d}/spectra/{kind}{name}" for kind in ("lite/", ""))
         self.files[lite] = make_spectrum_bytes(star)
-        self.files[full] = make_spectrum_bytes(star, extensions=6)
+        self.files[full] = make_spectrum_bytes(star, extensions=9)  # three exposures by two cameras
         self.footprint[f"{star.ra:.5f}", f"{star.dec:.5f}"] = star.ra, star.dec
 
     def fail(self, part_of_path: str, *faults: Fault) -> None:
@@ -249,6 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         body = answer.body[: answer.cut_at]
+        with self.server._lock:
+            self.server.bytes_sent += len(body)
         piece = 1 if answer.pause else len(body)
         for start in range(0, len(body), piece or 1):
             self.wfile.write(body[start : start + piece])

@@ -41,6 +41,26 @@ def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_
     assert other.returncode == 1 and "of another experiment" in other.stderr.splitlines()[-1]
 
 
+def test_data_speed_has_each_figure_beside_its_yardstick(tmp_path):
+    options = ["--stars", "200", "--cached", "100", "--many", "200", "--steps", "2", "--image-backbone", "resnet18"]
+    done = run_script("benchmarks/data_speed.py", *options, "--work-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    assert len(table) == 8
+    ratios = [float(row[3].strip("×| ")) for row in table if "×" in row[3]]
+    assert len(ratios) == 4 and min(ratios) > 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_download_speed_keeps_to_its_connections(tmp_path):
+    options = ["--stars", "12", "--yardstick-stars", "2", "--latency", "0.02", "--workers", "3", "--image-rate", "50"]
+    done = run_script("benchmarks/download_speed.py", *options)
+    assert done.returncode == 0, done.stderr
+    table = {row[1]: row[2:] for row in (line.split("|") for line in done.stdout.splitlines()) if len(row) > 2}
+    assert table[" requests "][0].strip() == "24" and int(table[" most connections open "][0]) <= 3
+    assert float(table[" cutouts asked for, a second "][0]) <= 55
+
+
 def test_accuracy_asks_which_stars_to_score_on(stars_dir):
     done = run_script("benchmarks/accuracy.py", "--data-dir", stars_dir)
     assert done.returncode == 2 and "--test-dir DIR or --test-split FRACTION" in done.stderr

@@ -237,17 +237,10 @@ def test_another_stars_spectrum_is_refused(tmp_path, other):
         data.read_spectrum(path, STAR)
 
 
-def test_position_and_simulation_come_from_the_spectrum_where_the_catalogue_is_silent(tmp_path):
-    path = data.spectrum_path(tmp_path, STAR)
-    path.parent.mkdir(parents=True)
-    write_spectrum(path, *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-3.25, SIMULATD=True))
-    loaded = data.load_star(STAR, tmp_path, spectra=True, images=False)
-    assert (loaded.star.ra, loaded.star.dec, loaded.star.simulated) == (12.5, -3.25, True)
-    path.unlink()
-    write_spectrum(path, *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-999.0))
-    assert np.isnan(data.read_spectrum(path, STAR).dec)
-    known = data.load_star(STAR._replace(ra=1.0, dec=2.0), tmp_path, spectra=True, images=False)
-    assert (known.star.ra, known.star.dec) == (1.0, 2.0)
+def test_a_position_that_is_none_is_not_taken(tmp_path):
+    path = write_spectrum(tmp_path / "a.fits", *flat_spectrum(), header=star_header(PLUG_RA=12.5, PLUG_DEC=-999.0))
+    spectrum = data.read_spectrum(path, STAR)
+    assert np.isnan([spectrum.ra, spectrum.dec]).all()
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path):
@@ -277,6 +270,55 @@ def test_a_table_without_the_columns_is_refused(tmp_path):
             data.read_spectrum(tmp_path / f"{name}.fits", STAR)
 
 
+def assert_read_as_astropy_does(path: Path, star: Star) -> None:
+    spectrum = data.read_spectrum(path, star)
+    with fits.open(path) as hdus:
+        for name in ("loglam", "flux", "ivar"):
+            assert np.array_equal(getattr(spectrum, name), hdus[1].data[name])
+        header = hdus[0].header
+    assert (spectrum.ra, spectrum.dec) == (header["PLUG_RA"], header["PLUG_DEC"])
+    assert spectrum.simulated == header.get("SIMULATD", False)
+
+
+def test_spectra_are_read_as_astropy_reads_them(tmp_path):
+    """Columns of every plain kind around the three, comments that look like the header's end, other HDUs behind."""
+    random = np.random.default_rng(0)
+    kinds = {"L": bool, "B": "u1", "I": "i2", "J": "i4", "K": "i8", "D": "f8", "3E": "f4", "5A": "S5"}
+    columns = [fits.Column(f"c{form}", form, array=np.zeros((99, int(form[0]) if form == "3E" else 1), kind).squeeze())
+               for form, kind in kinds.items()]  # fmt: skip
+    for place, (name, form) in enumerate([("LOGLAM", "D"), ("flux", "1E"), ("ivar", "E")]):
+        columns.insert(3 * place, fits.Column(name, form, array=np.sort(random.random(99))))
+    primary = fits.PrimaryHDU(header=fits.Header(star_header(PLUG_RA=1.5e1, PLUG_DEC=-3.25, SIMULATD=True)))
+    primary.header["AUTHOR"] = ("O'Neil", "with a / and an END")
+    primary.header.add_comment("THE END")
+    primary.header.add_blank()
+    exposure = fits.ImageHDU(random.random((7, 9)))
+    table = fits.BinTableHDU.from_columns(columns)
+    fits.HDUList([primary, table, exposure, fits.ImageHDU()]).writeto(tmp_path / "a.fits")
+    assert_read_as_astropy_does(tmp_path / "a.fits", STAR)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        ("TSCAL1", 2.0),
+        ("NAXIS1", 16),
+        ("NAXIS1", -12),
+        ("NAXIS2", 10**9),
+        ("TFORM2", "1PE(5)"),
+        ("GCOUNT", -1),
+        ("TFORM2", "9" * 30 + "E"),
+    ],
+)
+def test_tables_that_are_not_sdss_ones_are_refused(tmp_path, card):
+    content = write_spectrum(tmp_path / "a.fits", *flat_spectrum()).read_bytes()
+    place = content.index(b"EXTNAME " if card[0] == "TSCAL1" else card[0].encode().ljust(8), 2880)
+    content = content[:place] + fits.Card(*card).image.encode() + content[place + 80 :]
+    (tmp_path / "a.fits").write_bytes(content)
+    with pytest.raises(DataError, match=r"a.fits: (not an SDSS spectrum|the file is truncated)"):
+        data.read_spectrum(tmp_path / "a.fits", STAR)
+
+
 @pytest.mark.parametrize(
     "plate, mjd, fiber, snr", [(618, 52049, 372, 50), (1123, 52882, 65, 10), (5047, 55833, 936, 48)]
 )
@@ -285,8 +327,8 @@ def test_real_sdss_spectra_are_read(plate, mjd, fiber, snr):
     path = SHARED_DATA / f"spec-{star.spectrum_id}.fits"
     if not path.exists():
         pytest.skip(f"the real spectra are not in {SHARED_DATA} (SHARED_DATA names their folder)")
+    assert_read_as_astropy_does(path, star)
     spectrum = data.read_spectrum(path, star)
-    assert 0 <= spectrum.ra < 360 and -90 <= spectrum.dec <= 90
     x = data.prepare_spectrum(spectrum)
     assert x.shape == (3522,) and np.isfinite(x).all()
     assert np.median(x) == pytest.approx(1.0, abs=0.01)

@@ -183,7 +183,9 @@ def test_images_are_normalised_as_imagenet():
 def test_spectra_are_measured_against_the_mean_spectrum():
     model = small_model(modality="spectrum")
     spectra = 1 + torch.randn(200, 3522) * 0.2 + torch.linspace(0, 1, 3522)
-    model.fit_normalisation(spectra)
+    model.fit_normalisation(spectra.split([1, 130, 69]))  # as many at once as one likes
+    assert torch.allclose(model.spectrum_mean, spectra.mean(dim=0))
+    assert torch.allclose(model.spectrum_std, spectra.std(dim=0).mean())
     normalised = model.normalise_spectra(spectra)
     assert normalised.mean(dim=0).abs().max() < 1e-4 and normalised.std().item() == pytest.approx(1, abs=0.01)
     wild = spectra.clone()
