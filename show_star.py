@@ -135,7 +135,7 @@ def draw_probabilities(axes: Axes, row: dict, label: str) -> None:
     axes.bar_label(bars, [f"{p:.2f}" for p in probabilities], fontsize=8)
     title = f"expected subclass {row['expected_subclass']:.2f} ± {row['expected_subclass_std']:.2f}"
     if "unlikeness" in row:
-        title += f"\nunlikeness {row['unlikeness']:.2f}" + ": NOT LIKE THE TRAINING STARS" * row["unlike_training"]
+        title += f"\nunlikeness {row['unlikeness']:.2f}" + "\nNOT LIKE THE TRAINING STARS" * row["unlike_training"]
     axes.set(ylim=(0, 1.1), ylabel="probability" + " (green: catalogue)" * bool(label))
     axes.set_title(title, fontsize=9, color="tab:red" if row.get("unlike_training") else "black")
 
@@ -193,10 +193,8 @@ def draw_star(entry: StarFiles, model: FusionModel | None, references: dict) -> 
     cutout, verdict = right.subplots(2, 1)
     if entry.pixels is not None:
         draw_cutout(cutout, entry)
-        size = len(entry.pixels)
-        cutout.set_title(
-            f"{size} × {size} pixels: {size * CUTOUT_SCALE:.1f}″ if at {CUTOUT_SCALE}″ a pixel", fontsize=9
-        )
+        size, scale = len(entry.pixels), CUTOUT_SCALE
+        cutout.set_title(f"{size} × {size} pixels: {size * scale:.1f}″ if at {scale}″ a pixel", fontsize=9)
     if kinds:
         draw_probabilities(verdict, row, star.subclass)
     for panel in (*axes, cutout, verdict):
