@@ -1,7 +1,7 @@
 """Draw stars: spectrum, image, what the network gets of them and, with a checkpoint, what it makes of them.
 
     python show_star.py --data-dir DIR                               a few stars of each class: is my data read right?
-    python show_star.py NAME NAME --data-dir DIR                     a page for each star, plots/star_NAME.png
+    python show_star.py NAME NAME --data-dir DIR                     a page for each, plots/star_PLATE-MJD-FIBERID.png
     python show_star.py NAME --data-dir DIR --checkpoint CHECKPOINT  and its probabilities, and which bands decided
 
 NAME is the star's in objects.csv, or plate-mjd-fiberID. Which bands decided is tried out: a piece of the spectrum
@@ -63,12 +63,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def find_stars(names: list[str], stars: list[Star], catalog: Path) -> list[Star]:
-    """The stars of these names or plate-mjd-fiberIDs, each once."""
-    known = {star.spectrum_id: star for star in stars} | {star.name: star for star in stars}
-    for name in names:
-        if name not in known:
-            raise DataError(f"{catalog}: no star {name}; the first of its {len(stars)} is {stars[0].name}")
-    return list(dict.fromkeys(known[name] for name in names))
+    """The rows of these names or plate-mjd-fiberIDs, each once; a star observed twice has two of one name."""
+    for name in set(names) - {label for star in stars for label in (star.name, star.spectrum_id)}:
+        raise DataError(f"{catalog}: no star {name}; the first of its {len(stars)} is {stars[0].name}")
+    return [star for star in stars if star.name in names or star.spectrum_id in names]
 
 
 # The parts of a page
@@ -89,18 +87,20 @@ def draw_observed(axes: Axes, entry: StarFiles) -> None:
     """The spectrum as it is in the file, its noise, and its bad pixels."""
     wavelength, flux, ivar = 10**entry.observed.loglam, entry.observed.flux, entry.observed.ivar
     good = np.isfinite(flux) & (ivar > 0)
-    low, high = np.percentile(flux[good], [0.5, 99.5])  # of these, so that a cosmic ray does not set the scale
     axes.plot(wavelength, np.where(good, flux, np.nan), color="black", linewidth=0.5, label="flux")
     noise = np.where(good, 1 / np.sqrt(np.where(good, ivar, 1)), np.nan)
     axes.plot(wavelength, noise, color="gray", linewidth=0.5, label="its standard deviation")
     axes.plot(wavelength[~good], np.full((~good).sum(), 0.03), "|", color="magenta", markersize=10,
               label=f"bad pixels ({(~good).sum()})", transform=axes.get_xaxis_transform())  # fmt: skip
-    margin = 0.25 * (high - low)
-    axes.set(ylim=(min(0, low) - 0.1 * margin, high + margin), ylabel="flux (10⁻¹⁷ erg s⁻¹ cm⁻² Å⁻¹)")
     axes.axvspan(WAVELENGTH[-1], 20_000, color="lightgray", zorder=0)
     axes.axvspan(0, WAVELENGTH[0], color="lightgray", zorder=0, label="not used")
-    snr = np.median(flux[good] * np.sqrt(ivar[good]))
-    axes.legend(loc="upper left", fontsize=8, ncols=4, title=f"median S/N {snr:.1f} a pixel", title_fontsize=8)
+    title = "no good pixel"
+    if good.any():
+        low, high = np.percentile(flux[good], [0.5, 99.5])  # a cosmic ray does not set the scale
+        axes.set_ylim(min(0, low) - 0.03 * (high - low), high + 0.25 * (high - low))
+        title = f"median S/N {np.median(flux[good] * np.sqrt(ivar[good])):.1f} a pixel"
+    axes.set_ylabel("flux (10⁻¹⁷ erg s⁻¹ cm⁻² Å⁻¹)")
+    axes.legend(loc="upper left", fontsize=8, ncols=4, title=title, title_fontsize=8)
 
 
 def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> None:
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     catalog = data.catalog_path(args.data_dir)
     stars, _ = data.read_catalog(catalog, labelled=False)
     chosen = find_stars(args.names, stars, catalog)
-    paths = [args.output_dir / f"star_{star.name}.png" for star in chosen] or [args.output_dir / "stars.png"]
+    paths = [args.output_dir / f"star_{star.spectrum_id}.png" for star in chosen] or [args.output_dir / "stars.png"]
     for path in paths:
         data.refuse_foreign_file(path, Path(__file__).name)
     if not chosen:

@@ -1,9 +1,10 @@
 """show_star.py and show_history.py as a user starts them, and what is in their pictures."""
 
 import json
+import re
 import shutil
-import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from torch import nn
 
 import data
 import outliers
+import show_history
 import show_star
+from data import DataError
 from model import FusionModel, save_checkpoint
 from predict import read_files
 
@@ -56,10 +59,17 @@ def assert_picture(path: Path) -> None:
     assert pixels.shape[0] > 400 and pixels.std() > 10
 
 
-def show(*arguments: object, script: str = "show_star.py", error: str = "") -> subprocess.CompletedProcess[str]:
+def show(*arguments: object, script: str = "show_star.py") -> str:
+    """What a script prints that is started as a user starts it."""
     done = run_script(script, *arguments)
-    assert done.returncode == bool(error) and error in done.stderr and "Traceback" not in done.stderr, done.stderr
-    return done
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refuse(script: ModuleType, message: str, *arguments: object) -> None:
+    """The script ends with a DataError, of which run_as_script makes one line."""
+    with pytest.raises(DataError, match=re.escape(message)):
+        script.main([str(argument) for argument in arguments])
 
 
 def texts(figure: Figure) -> str:
@@ -73,8 +83,7 @@ def texts(figure: Figure) -> str:
 def test_without_a_name_a_sheet_of_each_class(own_dir, tmp_path):
     stars = read_stars(own_dir)
     data.cutout_path(own_dir, stars[0]).write_bytes(b"damaged")
-    done = show("--data-dir", own_dir, "--output-dir", tmp_path)
-    assert done.stdout.strip() == str(tmp_path / "stars.png")
+    assert show("--data-dir", own_dir, "--output-dir", tmp_path).strip() == str(tmp_path / "stars.png")
     assert_picture(tmp_path / "stars.png")
     said = texts(show_star.draw_sheet(stars, own_dir))
     assert "15 SIMULATED stars of 20" in said and "5″" in said and stars[0].name not in said
@@ -84,7 +93,8 @@ def test_without_a_name_a_sheet_of_each_class(own_dir, tmp_path):
     assert texts(show_star.draw_sheet(unlabelled, own_dir)).count("no label: ") == 3
 
     shutil.rmtree(own_dir / "images")
-    show("--data-dir", own_dir, "--output-dir", tmp_path, error="has a good spectrum and a good image (no image)")
+    message = "none of its 20 stars has a good spectrum and a good image (no image)"
+    refuse(show_star, message, "--data-dir", own_dir, "--output-dir", tmp_path)
 
 
 def test_a_page_for_each_star(own_dir, tmp_path, checkpoint):
@@ -92,16 +102,16 @@ def test_a_page_for_each_star(own_dir, tmp_path, checkpoint):
     data.cutout_path(own_dir, second).unlink()
     data.spectrum_path(own_dir, third).write_bytes(b"damaged")
     options = ("--data-dir", own_dir, "--output-dir", tmp_path / "plots", "--checkpoint", checkpoint)
-    done = show(first.name, second.spectrum_id, third.name, first.name, *options)
-    paths = [tmp_path / "plots" / f"star_{star.name}.png" for star in (first, second, third)]
-    assert done.stdout.split() == [str(path) for path in paths]
+    printed = show(first.name, second.spectrum_id, third.name, first.name, *options)
+    paths = [tmp_path / "plots" / f"star_{star.spectrum_id}.png" for star in (first, second, third)]
+    assert printed.split() == [str(path) for path in paths]
     for path in paths:
         assert_picture(path)
     assert Image.open(paths[0]).height > Image.open(paths[2]).height  # no spectrum, no map of what decided
 
-    show(first.name, "Sirius", *options, error="no star Sirius")
+    refuse(show_star, "no star Sirius", first.name, "Sirius", *options)
     shutil.rmtree(own_dir / "images")
-    show(third.name, *options, error="not a FITS file (it begins with b'damaged'); no image")
+    refuse(show_star, "not a FITS file (it begins with b'damaged'); no image", third.name, *options)
 
 
 def test_what_stands_on_a_page(stars_dir, checkpoint):
@@ -161,19 +171,23 @@ def test_the_occlusion_map_shows_the_band_that_decided():
 
 
 def test_only_earlier_pictures_are_replaced(stars_dir, tmp_path):
-    name = read_stars(stars_dir)[0].name
+    name = read_stars(stars_dir)[0].spectrum_id
     mine = tmp_path / f"star_{name}.png"
     Image.new("RGB", (9, 9)).save(mine)
     before = mine.read_bytes()
-    show(name, "--data-dir", stars_dir, "--output-dir", tmp_path, error="this script did not write it")
+    options = ("--data-dir", stars_dir, "--output-dir", tmp_path)
+    refuse(show_star, "this script did not write it", name, *options)
     assert mine.read_bytes() == before
     mine.unlink()
     for _ in range(2):
-        show(name, "--data-dir", stars_dir, "--output-dir", tmp_path)
+        show_star.main([name, *map(str, options)])
     assert_picture(mine)
-    done = run_script("show_star.py", "--data-dir", stars_dir, "--checkpoint", "a.pth")
+
+
+def test_help_and_options():
+    assert "a few stars of each class" in show("--help")
+    done = run_script("show_star.py", "--checkpoint", "a.pth")
     assert done.returncode == 2 and "name the stars" in done.stderr
-    assert "a few stars of each class" in run_script("show_star.py", "--help").stdout
 
 
 # The history
@@ -208,8 +222,8 @@ def history(tmp_path) -> Path:
 
 
 def test_the_table_of_runs_marks_the_best_of_each_set(history):
-    done = show("--history", history, script="show_history.py")
-    header, *lines = [line for line in done.stdout.splitlines() if line][:7]
+    printed = show("--history", history, script="show_history.py")
+    header, *lines = [line for line in printed.splitlines() if line][:7]
     assert [column in header for column in ("when", "data", "reads", "epochs", "val F1", "time")] == [True] * 6
     assert [line.lstrip().startswith("*") for line in lines] == [False, True, False, False, False, False]
     for part in ("20260102_000000", "2026-11-23 06:39", "400 SIMULATED stars", "fusion", " 3 ", "461 s",
@@ -217,21 +231,25 @@ def test_the_table_of_runs_marks_the_best_of_each_set(history):
         assert part in lines[1]
     assert "0.300" in lines[3] and "–" in lines[3]  # of an old record, what it has
     assert set(lines[5].split()) == {"–"}
-    assert "others do not compare" in done.stdout
+    assert "others do not compare" in printed
 
 
 def test_curves_of_runs_over_each_other(history, tmp_path):
     output = tmp_path / "curves.png"
     options = ("--history", history, "--output", output)
-    for _ in range(2):  # its own picture is replaced
-        done = show("20260101_000000", "20260103_000000", *options, script="show_history.py")
+    printed = show("20260101_000000", "20260103_000000", *options, script="show_history.py")
     assert_picture(output)
-    assert str(output) in done.stdout and "20260102_000000" not in done.stdout
-    script = {"script": "show_history.py"}
-    show("20260101_000000", "19990101_000000", *options, **script, error="no run 19990101_000000; it holds 20260101")
-    show("20260101_000000", "20250101_000000", *options, **script, error="run 20250101_000000 has no curves")
+    assert str(output) in printed and "20260102_000000" not in printed
+    first = output.read_bytes()
+    show_history.main(["20260101_000000", "20260102_000000", *map(str, options)])  # its own picture is replaced
+    assert output.read_bytes() != first
+    for other, message in (
+        ("19990101_000000", "no run 19990101_000000; it holds 20260101_000000, 20260102"),
+        ("20250101_000000", "run 20250101_000000 has no curves"),
+    ):
+        refuse(show_history, message, "20260101_000000", other, *options)
     Image.new("RGB", (9, 9)).save(output)
-    show("20260101_000000", "20260102_000000", *options, **script, error="this script did not write it")
+    refuse(show_history, "this script did not write it", "20260101_000000", "20260102_000000", *options)
     done = run_script("show_history.py", "20260101_000000", *options)
     assert done.returncode == 2 and "name two runs or more" in done.stderr
 
@@ -251,9 +269,14 @@ def test_a_history_that_cannot_be_read_is_a_clear_error(tmp_path, content, messa
     path = tmp_path / "history.json"
     if content is not None:
         path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    done = show("--history", path, script="show_history.py", error=message)
-    assert str(path) in done.stderr and len(done.stderr.splitlines()) == 1
+    refuse(show_history, f"{path}: {message}", "--history", path)
+
+
+def test_an_error_is_one_line(tmp_path):
+    done = run_script("show_history.py", cwd=tmp_path)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("show_history.py: error: training_history.json: no such file")
 
 
 def test_this_repositorys_history_can_be_shown():
-    assert "*" in show(script="show_history.py").stdout
+    assert "*" in show(script="show_history.py")
