@@ -88,22 +88,26 @@ def read_files(data_dir: Path, star: Star, kinds: tuple[str, ...] = ("spectrum",
     """Read a star's files, wherever in spectra/ and images/ they lie, and prepare them as for training."""
     observed = pixels = None
     prepared: dict[str, Tensor] = {}
-    problems = []
-    for kind in kinds:
-        path = data.find_spectrum(data_dir, star) if kind == "spectrum" else data.find_cutout(data_dir, star)
-        try:
-            if path is None:
-                problems.append(f"no {kind}")
-            elif kind == "spectrum":
-                observed = data.read_spectrum(path, star)
-                star = star._replace(simulated=star.simulated or observed.simulated)
-                prepared[kind] = torch.from_numpy(data.prepare_spectrum(observed))
-            else:
-                pixels = data.read_cutout(path)
-                prepared[kind] = torch.from_numpy(data.prepare_cutout(pixels))
-        except DataError as error:
-            problems.append(str(error))
-    return StarFiles(star, observed, pixels, prepared, problems)
+    problems = {}
+    try:
+        if path := data.find_spectrum(data_dir, star):
+            observed = data.read_spectrum(path, star)  # also unwanted: it tells whether the star is simulated
+            star = star._replace(simulated=star.simulated or observed.simulated)
+            if "spectrum" in kinds:
+                prepared["spectrum"] = torch.from_numpy(data.prepare_spectrum(observed))
+        else:
+            problems["spectrum"] = "no spectrum"
+    except DataError as error:
+        problems["spectrum"] = str(error)
+    try:
+        if "image" in kinds and (path := data.find_cutout(data_dir, star)):
+            pixels = data.read_cutout(path)
+            prepared["image"] = torch.from_numpy(data.prepare_cutout(pixels))
+        else:
+            problems["image"] = "no image"
+    except DataError as error:
+        problems["image"] = str(error)
+    return StarFiles(star, observed, pixels, prepared, [problems[kind] for kind in kinds if kind in problems])
 
 
 @torch.inference_mode()

@@ -184,10 +184,11 @@ def test_only_earlier_pictures_are_replaced(stars_dir, tmp_path):
     assert_picture(mine)
 
 
-def test_help_and_options():
+def test_help_and_options(capsys):
     assert "a few stars of each class" in show("--help")
-    done = run_script("show_star.py", "--checkpoint", "a.pth")
-    assert done.returncode == 2 and "name the stars" in done.stderr
+    with pytest.raises(SystemExit) as exit_:
+        show_star.main(["--checkpoint", "a.pth"])
+    assert exit_.value.code == 2 and "name the stars" in capsys.readouterr().err
 
 
 # The history
@@ -234,7 +235,7 @@ def test_the_table_of_runs_marks_the_best_of_each_set(history):
     assert "others do not compare" in printed
 
 
-def test_curves_of_runs_over_each_other(history, tmp_path):
+def test_curves_of_runs_over_each_other(history, tmp_path, capsys):
     output = tmp_path / "curves.png"
     options = ("--history", history, "--output", output)
     printed = show("20260101_000000", "20260103_000000", *options, script="show_history.py")
@@ -250,8 +251,9 @@ def test_curves_of_runs_over_each_other(history, tmp_path):
         refuse(show_history, message, "20260101_000000", other, *options)
     Image.new("RGB", (9, 9)).save(output)
     refuse(show_history, "this script did not write it", "20260101_000000", "20260102_000000", *options)
-    done = run_script("show_history.py", "20260101_000000", *options)
-    assert done.returncode == 2 and "name two runs or more" in done.stderr
+    with pytest.raises(SystemExit) as exit_:
+        show_history.main(["20260101_000000"])
+    assert exit_.value.code == 2 and "name two runs or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
