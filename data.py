@@ -138,6 +138,14 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def refuse_foreign_file(path: Path, mark: str) -> None:
+    """Raise DataError if `path` is there but no earlier output of the script that asks, which begins with `mark`."""
+    if path.exists():
+        with open(path, "rb") as file:
+            if mark.encode() not in file.read(1024):
+                raise DataError(f"{path}: is there already, and this script did not write it; give another --output")
+
+
 # The catalogue
 
 
@@ -179,8 +187,26 @@ def cutout_path(data_dir: Path, star: Star) -> Path:
     return Path(data_dir) / "images" / star.subclass / f"{star.name}_image.jpg"
 
 
-def read_catalog(path: Path) -> tuple[list[Star], Counter[str]]:
+def find_spectrum(data_dir: Path, star: Star) -> Path | None:
+    """The star's spectrum: at its place or, as for a star without label, in spectra/ or any folder of it."""
+    return _find(spectrum_path(data_dir, star), Path(data_dir) / "spectra")
+
+
+def find_cutout(data_dir: Path, star: Star) -> Path | None:
+    """The star's cutout: at its place or, as for a star without label, in images/ or any folder of it."""
+    return _find(cutout_path(data_dir, star), Path(data_dir) / "images")
+
+
+def _find(usual: Path, folder: Path) -> Path | None:
+    places = (usual, folder / usual.name, *sorted(folder.glob(f"*/{usual.name}")))
+    return next((path for path in places if path.exists()), None)
+
+
+def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Counter[str]]:
     """Read the stars of classes M0…M4 from a CSV file.
+
+    With `labelled` false the stars of any class or none are read, and the column subclass may be
+    absent; what it holds other than M0…M4 becomes "".
 
     Returns the stars in the file's order and, by reason, the number of rows left out: other classes
     and rows that repeat a spectrum. BOSS's "M1 (204445)" counts as M1.
@@ -188,16 +214,20 @@ def read_catalog(path: Path) -> tuple[list[Star], Counter[str]]:
     """
     stars: dict[str, Star] = {}
     left_out: Counter[str] = Counter()
-    for where, row in _read_rows(path):
-        boss = _BOSS_SUBCLASS.fullmatch(row["subclass"])
-        subclass = boss[1] if boss else row["subclass"]
-        if subclass not in CLASS_NAMES:
+    required = tuple(column for column in _REQUIRED_COLUMNS if labelled or column != "subclass")
+    for where, row in _read_rows(path, required):
+        subclass = row.get("subclass", "")
+        if boss := _BOSS_SUBCLASS.fullmatch(subclass):
+            subclass = boss[1]
+        if subclass not in CLASS_NAMES and not labelled:
+            subclass = ""
+        elif subclass not in CLASS_NAMES:
             left_out[f"subclass {subclass or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
             continue
         star = _parse_row(row, subclass, where)
         first = stars.setdefault(star.spectrum_id, star)
         if first is not star:
-            if first.subclass != star.subclass:
+            if labelled and first.subclass != star.subclass:
                 raise DataError(
                     f"{where}: spectrum {star.spectrum_id} is {star.subclass} here and "
                     f"{first.subclass} further up; keep the line that is right"
@@ -205,11 +235,12 @@ def read_catalog(path: Path) -> tuple[list[Star], Counter[str]]:
             left_out["repeats a spectrum listed further up"] += 1
     if not stars:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.items())
-        raise DataError(f"{path}: no star of class {', '.join(CLASS_NAMES)} in it ({reasons or 'no rows'})")
+        wanted = f"star of class {', '.join(CLASS_NAMES)}" if labelled else "star"
+        raise DataError(f"{path}: no {wanted} in it ({reasons or 'no rows'})")
     return list(stars.values()), left_out
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _read_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Each row of the CSV file by column, as text, and where it stands ("objects.csv, line 7").
 
     As text: a specObjID is a 64-bit integer, which a float, or int64 for plates from 8192 on, cannot hold.
@@ -225,11 +256,11 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 raise DataError(f"{path}: the file is empty")
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: a column stands twice in the header line, {', '.join(header)}")
-            missing = [column for column in _REQUIRED_COLUMNS if column not in header]
+            missing = [column for column in required if column not in header]
             if missing:
                 raise DataError(
                     f"{path}: column {', '.join(missing)} is missing; the header line reads {' | '.join(header)} "
-                    f"(needed, separated by commas: {', '.join(_REQUIRED_COLUMNS)})"
+                    f"(needed, separated by commas: {', '.join(required)})"
                 )
             for cells in lines:
                 if not any(cell.strip() for cell in cells):
@@ -239,9 +270,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     raise DataError(f"{where}: {len(cells)} cells where the header has {len(header)} columns")
                 yield where, {column: cell.strip() for column, cell in zip(header, cells, strict=True)}
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; it is the list of stars (columns {', '.join(_REQUIRED_COLUMNS)})"
-        ) from None
+        raise DataError(f"{path}: no such file; it is the list of stars (columns {', '.join(required)})") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a comma-separated UTF-8 text file ({error})") from None
 

@@ -5,6 +5,14 @@
     python download_sdss_data.py --dry-run --limit 10  only show what would be fetched for ten stars
     python download_sdss_data.py --full                spectra with every exposure, several times larger
 
+Without a list of stars, let SDSS make one first, with as many stars of each class M0…M4:
+
+    python download_sdss_data.py --query 80 --data-dir DIR                 80 of each class, of any S/N
+    python download_sdss_data.py --query 80 --data-dir HIGH --min-snr 10   a set of high S/N
+    python download_sdss_data.py --query 80 --data-dir LOW --max-snr 10    a set of low S/N, none of them in the other
+
+The paper uses a set of high and one of low S/N. Where it parts them was not at hand: 10 (median a pixel) is ours.
+
 A file that is there and valid is kept, whatever options it was fetched with; a damaged one is
 fetched again. Files appear whole or not at all; after an interruption or a failure, run again.
 What the last run could not get stands with its reason in download_failures.csv; when nothing is
@@ -12,21 +20,24 @@ missing there is no such file. Exit status: 0 if all files are there, 1 if not, 
 
 Sources: paths of the spectra, https://www.sdss.org/dr16/data_access/bulk/ and
 https://data.sdss.org/datamodel/files/SPECTRO_REDUX/RUN2D/spectra/lite/PLATE4/spec.html; cutouts and
-their limits of 64 and 2048 pixels, https://skyserver.sdss.org/dr16/en/help/docs/api.aspx.
+their limits of 64 and 2048 pixels, and the SQL search, https://skyserver.sdss.org/dr16/en/help/docs/api.aspx.
 """
 
 import argparse
 import contextlib
 import csv
+import html
 import math
 import queue
+import re
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
 import numpy as np
@@ -58,16 +69,31 @@ LONGEST_BODY = 10  # times --timeout, for a body that keeps trickling in
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 2**16
 
+# The stars of one class. SpecObj holds the best spectrum of each object; BOSS's subclasses (run2d v5_*) are names of
+# templates, mostly giants. The order mixes plates and fibers in a way that is the same every time: a sample from
+# the whole sky, where the first rows of the table would come from a few plates.
+CATALOG_SQL = """\
+SELECT TOP {count} s.specObjID AS name, s.subClass AS subclass, s.plate, s.mjd, s.fiberID, s.ra, s.dec, s.snMedian,
+       p.psfMag_u AS u_mag, p.psfMag_g AS g_mag, p.psfMag_r AS r_mag, p.psfMag_i AS i_mag, p.psfMag_z AS z_mag
+FROM SpecObj AS s JOIN PhotoObj AS p ON p.objID = s.bestObjID
+WHERE s.class = 'STAR' AND s.subClass = '{subclass}' AND s.zWarning = 0 AND s.run2d = '26'{snr}
+ORDER BY (s.plate * 7919 + s.fiberID * 104729) % 1000003, s.specObjID
+"""
+CATALOG_COLUMNS = (
+    "name", "subclass", "plate", "mjd", "fiberID", "ra", "dec", "snMedian", "u_mag", "g_mag", "r_mag", "i_mag", "z_mag"
+)  # fmt: skip
+
 FAILURES_FILE = "download_failures.csv"
 FAILURE_COLUMNS = ("name", "subclass", "plate", "mjd", "fiberID", "file", "url", "reason")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    title, examples, *_ = __doc__.split("\n\n")
+    title, examples, catalogs, more_examples, snr, *_ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--data-dir DIR] [options]",
         description=title,
-        epilog=f"examples:\n{examples}\n\nA valid file that is there is kept, whatever options it was fetched with.",
+        epilog=f"examples:\n{examples}\n\nA valid file that is there is kept, whatever options it was fetched with.\n\n"
+        f"{catalogs}\n\n{more_examples}\n\n{snr}",
         formatter_class=data.ScriptHelp,
     )
     add = parser.add_argument
@@ -87,6 +113,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image-rate", type=positive, default=1.0, metavar="R", help="most cutouts asked for in a second")
     add("--limit", type=data.number_between(int, 1, 10**9), metavar="N", help="only the first N stars of the catalogue")
     add("--dry-run", action="store_true", help="print what would be fetched, write nothing")
+    add("--query", type=data.number_between(int, 1, 50_000), metavar="N",
+        help="fetch no files: write objects.csv, N stars of each class, and their SQL into objects.sql")  # fmt: skip
+    add("--min-snr", type=data.number_between(float, 0, 1e4), metavar="X", help="--query: median S/N of X or more")
+    add("--max-snr", type=data.number_between(float, 0, 1e4), metavar="X", help="--query: median S/N below X")
     add("--full", action="store_true", help="full spectra, with every exposure, in place of lite ones")
     add("--image-size", type=size, default=data.IMAGE_SIZE, metavar="N", help="pixels a side of a cutout")
     add("--image-scale", type=positive, default=CUTOUT_SCALE, metavar="S", help="arcsec a pixel of a cutout")
@@ -100,10 +130,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--backoff", type=positive, default=1.0, metavar="S",
         help=f"seconds to the first retry, doubled at each further one up to {LONGEST_WAIT} times this")  # fmt: skip
     add("--timeout", type=positive, default=30.0, metavar="S",
-        help=f"longest silence of a server in seconds; a whole file may take {LONGEST_BODY} times this")  # fmt: skip
+        help=f"longest silence of a server in seconds; a whole file or query may take {LONGEST_BODY}-fold")  # fmt: skip
     add("--sas-url", type=_http_url, default=SAS_URL, metavar="URL", help="archive of the spectra, or a mirror of it")
-    add("--skyserver-url", type=_http_url, default=SKYSERVER_URL, metavar="URL", help="cutout service, or a mirror")
-    return parser.parse_args(argv)
+    add("--skyserver-url", type=_http_url, default=SKYSERVER_URL, metavar="URL", help="cutouts, queries, or a mirror")
+    args = parser.parse_args(argv)
+    if args.query is None and (args.min_snr, args.max_snr) != (None, None):
+        parser.error("--min-snr and --max-snr choose stars for --query")
+    if args.min_snr is not None and args.max_snr is not None and args.min_snr >= args.max_snr:
+        parser.error("--min-snr must lie below --max-snr")
+    return args
 
 
 def _http_url(text: str) -> str:
@@ -209,7 +244,7 @@ class FetchError(Exception):
     """Why a file was not got; `status` is the HTTP status if that is the reason, else 0."""
 
     def __init__(self, reason: str, status: int = 0, retry_after: str = "") -> None:
-        super().__init__(" ".join(reason.split())[:200])  # part of it may be the server's text
+        super().__init__(" ".join(reason.split())[:500])  # part of it may be the server's text
         self.status = status
         self.retry_after = retry_after
 
@@ -239,23 +274,26 @@ class Pacer:
         time.sleep(max(0.0, turn - time.monotonic()))
 
 
-def get(session: requests.Session, url: str, timeout: float) -> bytes:
-    """The whole body of a GET, bounded in size and time. Raises FetchError."""
+def get(session: requests.Session, url: str, timeout: float, *, read_errors: bool = False) -> bytes:
+    """The whole body of a GET, bounded in size and time. Raises FetchError, with an error page's words if asked to."""
     deadline = time.monotonic() + LONGEST_BODY * timeout
     body = bytearray()
     try:
-        # An error leaves the block, which closes the connection: an error page is never read, however long it is.
+        # An error leaves the block, which closes the connection: an error page is not read unless it is asked for.
         with session.get(url, stream=True, timeout=timeout) as response:
-            if response.status_code != 200:
-                reason = f"HTTP {response.status_code} {response.reason or ''}"
-                raise FetchError(reason, response.status_code, response.headers.get("Retry-After", ""))
-            # read1 gives what has come so far; iter_content would wait for a full chunk and miss the deadline.
-            while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
+            while response.status_code == 200 or read_errors:
+                # read1 gives what has come so far; iter_content would wait for a full chunk and miss the deadline.
+                chunk = response.raw.read1(CHUNK_BYTES, decode_content=True)
+                if not chunk:
+                    break
                 body += chunk
                 if len(body) > data.MAX_FILE_BYTES:
                     raise FetchError(f"more than {data.MAX_FILE_BYTES} bytes, too many for a file of one star")
                 if time.monotonic() > deadline:
                     raise FetchError(f"not whole after {LONGEST_BODY * timeout:g} s")
+            if response.status_code != 200:
+                reason = f"HTTP {response.status_code} {response.reason or ''} {page_text(bytes(body))}"
+                raise FetchError(reason, response.status_code, response.headers.get("Retry-After", ""))
     except (requests.Timeout, urllib3.exceptions.TimeoutError):
         raise FetchError(f"no answer within {timeout:g} s") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -264,6 +302,28 @@ def get(session: requests.Session, url: str, timeout: float) -> bytes:
             cause = inner
         raise FetchError(f"connection failed or broken ({type(cause).__name__}: {cause})") from None
     return bytes(body)
+
+
+def page_text(body: bytes) -> str:
+    """What a page says, without its tags."""
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", body.decode("utf-8", errors="replace"))
+    return " ".join(html.unescape(text).split())
+
+
+def retry(fetch: Callable[[], Any], args: argparse.Namespace) -> Any:
+    """What `fetch` returns, after further attempts if it raises a FetchError that may pass."""
+    # One loop for every passing fault, in place of urllib3's retries: it covers broken and useless bodies
+    # too, lets the pacer count each attempt, and does not read error pages to their end as they do.
+    for attempt in range(args.retries + 1):
+        try:
+            return fetch()
+        except FetchError as error:
+            failure = error
+        if failure.status not in (0, *PASSING_STATUSES):
+            break
+        if attempt < args.retries:
+            time.sleep(waiting_time(attempt, args.backoff, failure.retry_after))
+    raise failure
 
 
 class Downloader:
@@ -333,20 +393,12 @@ class Downloader:
         return None, reason
 
     def _fetch_from(self, url: str, session: requests.Session, file: File) -> Spectrum | np.ndarray:
-        # One loop for every passing fault, in place of urllib3's retries: it covers broken and useless bodies
-        # too, lets the pacer count each attempt, and does not read error pages to their end as they do.
-        for attempt in range(self.args.retries + 1):
+        def fetch() -> Spectrum | np.ndarray:
             if file.kind == "cutout":
                 self.pacer.wait()
-            try:
-                return self._save(get(session, url, self.args.timeout), file)
-            except FetchError as error:
-                failure = error
-            if failure.status not in (0, *PASSING_STATUSES):
-                break
-            if attempt < self.args.retries:
-                time.sleep(waiting_time(attempt, self.args.backoff, failure.retry_after))
-        raise failure
+            return self._save(get(session, url, self.args.timeout), file)
+
+        return retry(fetch, self.args)
 
     def _save(self, body: bytes, file: File) -> Spectrum | np.ndarray:
         """Write and check a file. Raises FetchError if it is no good, DataError if nothing can be written."""
@@ -388,6 +440,74 @@ def fetch_files(files: list[File], args: argparse.Namespace) -> list[tuple[File,
     finally:
         downloader.stop()
     return sorted(failures)
+
+
+# A catalogue from SDSS
+
+
+def catalog_sql(subclass: str, count: int, min_snr: float | None, max_snr: float | None) -> str:
+    limits = [(">=", min_snr), ("<", max_snr)]
+    snr = "".join(f" AND s.snMedian {sign} {limit:g}" for sign, limit in limits if limit is not None)
+    return CATALOG_SQL.format(count=count, subclass=subclass, snr=snr)
+
+
+def query_sdss(sql: str, session: requests.Session, args: argparse.Namespace) -> list[list[str]]:
+    """The rows that answer a query. Raises DataError with SDSS's own words if it rejects the query."""
+    url = f"{args.skyserver_url}/SearchTools/SqlSearch?{urlencode({'cmd': sql, 'format': 'csv'})}"
+
+    def fetch() -> list[list[str]]:
+        body = get(session, url, LONGEST_BODY * args.timeout, read_errors=True)
+        lines = body.decode("utf-8", errors="replace").splitlines()
+        if lines and lines[0].startswith("#"):  # "#Table1"
+            del lines[0]
+        header, *rows = csv.reader(lines) if lines else [[]]
+        # A rejected query comes under status 200 too: as a page, or as a table of its own.
+        if tuple(header) != CATALOG_COLUMNS:
+            words = " ".join(lines[1:]) if "error_message" in header else page_text(body)
+            raise DataError(f"SDSS rejected the query: {words[:2000] or '(an empty answer)'}\nThe query was:\n{sql}")
+        if any(len(row) != len(CATALOG_COLUMNS) for row in rows):
+            raise FetchError("an answer with a row cut short")
+        return rows
+
+    try:
+        return retry(fetch, args)
+    except FetchError as error:
+        raise DataError(f"SDSS gives no stars: {error}\nThe query was:\n{sql}") from None
+
+
+def write_catalog(args: argparse.Namespace) -> None:
+    """--query: objects.csv, the classes by turns so that --limit takes some of each, and objects.sql."""
+    queries = [catalog_sql(subclass, args.query, args.min_snr, args.max_snr) for subclass in CLASS_NAMES]
+    if args.dry_run:
+        print("\n".join(queries))
+        return
+    path = data.catalog_path(args.data_dir)
+    sql_path = path.with_suffix(".sql")
+    with only_download_into(args.data_dir):
+        for there in (path, sql_path):
+            if there.exists():
+                raise DataError(f"{there} is there already, and --query replaces none; give another --data-dir")
+        answers = []
+        with requests.Session() as session:
+            session.headers.update(HEADERS)
+            for subclass, sql in zip(CLASS_NAMES, tqdm(queries, desc="asking", unit="query", leave=False), strict=True):
+                answers.append(query_sdss(sql, session, args)[: args.query])
+                if len(answers[-1]) < args.query:
+                    raise DataError(
+                        f"SDSS has only {len(answers[-1])} {subclass} stars of this S/N: ask for no more with --query"
+                    )
+        with data.write_atomically(path) as temporary:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(CATALOG_COLUMNS)
+                writer.writerows(row for by_class in zip(*answers, strict=True) for row in by_class)
+            stars, left_out = data.read_catalog(temporary)
+            if left_out:
+                raise DataError(f"SDSS answered with stars that were not asked for: {dict(left_out)}")
+        with data.write_atomically(sql_path) as temporary:
+            temporary.write_text(f"-- {args.skyserver_url}, {date.today()}\n\n" + "\n".join(queries), encoding="utf-8")
+    print(f"{path}: {len(stars)} stars, {args.query} of each class; the SQL is in {sql_path}")
+    print(f"Next: python download_sdss_data.py --data-dir {args.data_dir}")
 
 
 # The run and its report
@@ -452,6 +572,9 @@ def only_download_into(data_dir: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.query:
+        write_catalog(args)
+        return
     stars = read_stars(args)
     with contextlib.nullcontext() if args.dry_run else only_download_into(args.data_dir):
         there, missing = survey_files(stars, args)

@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 import cache
 import data
 import history
+import outliers
 from cache import CachedArray, CheckedStar
 from data import CLASS_NAMES, DataError, Star
 from loss_sic import loss_sic
@@ -417,6 +418,7 @@ def fit(
     averaged = AveragedModel(engine.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
     parts = {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()}
+    references = outliers.fit_references(make_loader(prepared, splits["train"], config["batch_size"]))
     best_f1 = -1.0
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
@@ -439,7 +441,9 @@ def fit(
         if improved:
             best_f1, final["best_epoch"] = max(best_f1, scores["f1"]), epoch
             with data.write_atomically(checkpoint_path) as temporary:
-                save_checkpoint(temporary, averaged.module, epoch=epoch, config=config, splits=parts)
+                save_checkpoint(
+                    temporary, averaged.module, epoch=epoch, config=config, splits=parts, references=references
+                )
         print(
             f"{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {validation.loss:6.3f}  "
             f"accuracy {scores['accuracy']:.3f}  precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  "

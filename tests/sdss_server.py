@@ -1,13 +1,17 @@
-"""A local HTTP server that behaves like SDSS's two, the archive of spectra and the cutout service.
+"""A local HTTP server that behaves like SDSS's two: the archive of spectra, and SkyServer's cutouts and SQL search.
 
-It serves real FITS and JPEG bytes under SDSS's own paths, records what it is asked, and fails as it
-is told to: `server.fail("spec-0269", status(503), status(503))` spoils the next two answers to
-requests whose address contains that text; `server.script` decides about every request.
+It serves real FITS and JPEG bytes under SDSS's own paths, answers queries from a database with the tables
+SpecObj and PhotoObj, records what it is asked, and fails as it is told to: `server.fail("spec-0269", status(503),
+status(503))` spoils the next two answers to requests whose address contains that text; `server.script` decides
+about every request.
 """
 
 import contextlib
+import csv
 import io
+import re
 import socket
+import sqlite3
 import struct
 import threading
 import time
@@ -144,6 +148,7 @@ class SdssServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.footprint: dict[tuple[str, str], tuple[float, float]] = {}
+        self.catalog: list[dict[str, object]] = []
         self.requests: list[Request] = []
         self.connections = self.open_connections = self.most_open_connections = 0
         self.bytes_sent = 0  # of bodies
@@ -177,6 +182,12 @@ class SdssServer(ThreadingHTTPServer):
         self.files[full] = make_spectrum_bytes(star, extensions=9)  # three exposures by two cameras
         self.footprint[f"{star.ra:.5f}", f"{star.dec:.5f}"] = star.ra, star.dec
 
+    def list_star(self, star: Star, snr: float, **others: object) -> None:
+        """Let queries find a star; `others` are columns of SpecObj."""
+        usual = {"class": "STAR", "subClass": star.subclass, "zWarning": 0, "run2d": "26", "snMedian": snr}
+        place = {"plate": star.plate, "mjd": star.mjd, "fiberID": star.fiberID, "ra": star.ra, "dec": star.dec}
+        self.catalog.append({"specObjID": int(star.name), **place, **usual, **others})
+
     def fail(self, part_of_path: str, *faults: Fault) -> None:
         self._faults.append((part_of_path, list(faults)))
 
@@ -207,7 +218,31 @@ class SdssServer(ThreadingHTTPServer):
             if position:
                 size = min(max(int(query["width"][0]), 64), 2048)
                 return Answer(body=make_cutout_bytes(*position, size), headers={"Content-Type": "image/jpeg"})
+        if parts.path == f"{SKYSERVER}/SearchTools/SqlSearch":
+            query = parse_qs(parts.query)
+            assert query["format"] == ["csv"]
+            return Answer(body=self._query(query["cmd"][0]).encode(), headers={"Content-Type": "text/plain"})
         return Answer(404, b"<html><body>Not Found</body></html>", {"Content-Type": "text/html"})
+
+    def _query(self, sql: str) -> str:
+        """SkyServer's CSV: "#" and the table's name, header, rows; of a rejected query, a table with its error."""
+        columns = list(self.catalog[0])
+        places = ", ".join("?" * len(columns))
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            database.execute(f"CREATE TABLE SpecObj (bestObjID, {', '.join(columns)})")
+            database.execute("CREATE TABLE PhotoObj (objID, psfMag_u, psfMag_g, psfMag_r, psfMag_i, psfMag_z)")
+            for number, row in enumerate(self.catalog):
+                database.execute(f"INSERT INTO SpecObj VALUES ({number}, {places})", [row[name] for name in columns])
+                database.execute(f"INSERT INTO PhotoObj VALUES ({number}, 22.5, 20.25, 19, 18.5, 18)")
+            try:
+                # T-SQL limits the rows at the beginning, SQLite at the end.
+                answer = database.execute(re.sub(r"(?s)^SELECT TOP (\d+) (.*)$", r"SELECT \2 LIMIT \1", sql.strip()))
+                rows = [[column[0] for column in answer.description], *answer]
+            except (sqlite3.Error, sqlite3.Warning) as error:
+                rows = [["error_message"], [str(error)]]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([["#Table1"], *rows])
+        return text.getvalue()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import sdss_server
@@ -450,6 +451,131 @@ def test_ctrl_c_leaves_only_whole_files_and_a_second_run_completes(tmp_path, ser
         assert_whole(tmp_path, star, server)
 
 
+# Catalogues from SDSS
+
+
+def list_stars(server: SdssServer, per_class: int = 12) -> list[Star]:
+    """Stars of each class with S/N 1, 2, 3, …, and others that no catalogue of ours should hold."""
+    stars = []
+    for number in range(5 * per_class):
+        star = make_star(number + 1, plate=300 + 7 * number, subclass=data.CLASS_NAMES[number % 5])
+        server.list_star(star, snr=1 + number // 5)
+        server.add(star)
+        stars.append(star)
+    for number, others in enumerate(
+        [{"class": "GALAXY"}, {"zWarning": 4}, {"run2d": "104"}, {"subClass": "M5"}, {"subClass": "M1III (168720)"}]
+    ):
+        server.list_star(make_star(number + 1, plate=1500), snr=99, **others)
+    return stars
+
+
+def read_query(data_dir: Path) -> list[dict[str, str]]:
+    with open(data_dir / "objects.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def asked_sql(server: SdssServer) -> list[str]:
+    return [parse_qs(urlsplit(path).query)["cmd"][0] for path in server.paths if "SqlSearch" in path]
+
+
+def test_a_query_writes_a_balanced_catalogue_whose_files_can_be_fetched(tmp_path, server):
+    stars = {star.name: star for star in list_stars(server)}
+
+    output = download(tmp_path, server, "--query", "4")
+
+    rows = read_query(tmp_path)
+    assert [row["subclass"] for row in rows] == [*data.CLASS_NAMES] * 4  # by turns
+    assert len({row["name"] for row in rows}) == 20 and {row["r_mag"] for row in rows} == {"19"}
+    for star in data.read_catalog(tmp_path / "objects.csv")[0]:
+        assert star == stars[star.name]
+    # Not the first plates of the table, and yet the same stars every time.
+    assert {row["name"] for row in rows} != set(list(stars)[:20])
+    download(tmp_path / "again", server, "--query", "4")
+    assert read_query(tmp_path / "again") == rows
+    sql = (tmp_path / "objects.sql").read_text()
+    assert len(asked_sql(server)) == 10 and all(query in sql for query in asked_sql(server))
+    assert f"python download_sdss_data.py --data-dir {tmp_path}" in output
+
+    assert "All files of these stars are there" in download(tmp_path, server)
+
+
+def test_sets_of_high_and_low_snr_part_the_stars(tmp_path, server):
+    list_stars(server)
+    high, low, both = tmp_path / "high", tmp_path / "low", tmp_path / "both"
+    download(high, server, "--query", "3", "--min-snr", "10")
+    download(low, server, "--query", "9", "--max-snr", "10")
+    download(both, server, "--query", "2", "--min-snr", "5", "--max-snr", "7")
+    assert {float(row["snMedian"]) for row in read_query(high)} == {10, 11, 12}
+    assert {float(row["snMedian"]) for row in read_query(low)} == set(range(1, 10))
+    assert {float(row["snMedian"]) for row in read_query(both)} == {5, 6}
+
+
+def test_a_query_replaces_no_catalogue(tmp_path, server):
+    for name in ("objects.csv", "objects.sql"):
+        mine = tmp_path / name.replace(".", "_") / name
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        process = run(options_for(mine.parent, server, "--query", "3"))
+        assert process.returncode == 1 and f"{mine} is there already" in process.stderr
+        assert mine.read_text() == "mine"
+    assert not server.requests
+
+
+def test_a_query_for_more_stars_than_there_are_says_how_many_there_are(tmp_path, server):
+    list_stars(server)
+    process = run(options_for(tmp_path, server, "--query", "4", "--min-snr", "10"))
+    assert process.returncode == 1 and "SDSS has only 3 M0 stars" in process.stderr
+    assert not written_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (
+            sdss_server.Answer(body=b"#Table1\nerror_message\nIncorrect syntax near 'TOP', line 1.\n"),
+            "rejected the query: Incorrect syntax near 'TOP', line 1.",
+        ),
+        (
+            sdss_server.Answer(body=b"<html><style>b {}</style><body><b>Your query</b> is too&nbsp;long</body></html>"),
+            "rejected the query: Your query is too long",
+        ),
+        (
+            sdss_server.Answer(400, b"<h2>Only one SELECT</h2> is allowed"),
+            "HTTP 400 Bad Request Only one SELECT is allowed",
+        ),
+        (sdss_server.Answer(body=b"No objects have been found"), "rejected the query: No objects have been found"),
+        (sdss_server.Answer(), "(an empty answer)"),
+    ],
+)
+def test_a_rejected_query_is_told_in_the_words_of_sdss(tmp_path, server, answer, words):
+    list_stars(server)
+    server.fail("SqlSearch", lambda right: answer)
+    process = run(options_for(tmp_path, server, "--query", "2"))
+    assert process.returncode == 1 and words in process.stderr and "Traceback" not in process.stderr
+    assert "FROM SpecObj AS s" in process.stderr  # the query, to be tried by hand
+    assert len(server.requests) == 1 and not written_files(tmp_path)
+
+
+def test_a_query_that_the_database_rejects_is_told(tmp_path, server):
+    list_stars(server)
+    server.catalog = [{name: value for name, value in row.items() if name != "zWarning"} for row in server.catalog]
+    process = run(options_for(tmp_path, server, "--query", "2"))
+    assert process.returncode == 1 and "rejected the query: no such column: s.zWarning" in process.stderr
+
+
+def test_a_query_outlasts_passing_faults(tmp_path, server):
+    list_stars(server)
+    server.fail("SqlSearch", status(503), sdss_server.truncated, sdss_server.reset, sdss_server.short, status(429))
+    download(tmp_path, server, "--query", "2")
+    assert len(read_query(tmp_path)) == 10 and len(server.requests) == 10
+
+
+def test_a_query_can_be_seen_before_it_is_asked(tmp_path, server):
+    output = download(tmp_path, server, "--query", "2", "--max-snr", "7.5", "--dry-run")
+    assert output.count("SELECT TOP 2") == 5 and "s.snMedian < 7.5" in output
+    assert not server.requests and not written_files(tmp_path)
+
+
 # Options and catalogues
 
 
@@ -496,6 +622,8 @@ def test_limit_takes_the_first_stars(tmp_path, server):
         (["--retries", "-1"], "argument --retries: '-1' is not"),
         (["--sas-url", "ftp://data.sdss.org"], "argument --sas-url: 'ftp://data.sdss.org' is not an http://"),
         (["--skyserver-url", "skyserver.sdss.org"], "argument --skyserver-url: 'skyserver.sdss.org' is not an http://"),
+        (["--min-snr", "10"], "--min-snr and --max-snr choose stars for --query"),
+        (["--query", "5", "--min-snr", "10", "--max-snr", "3"], "--min-snr must lie below --max-snr"),
         (["--skyserver-url", "http://[::1"], "argument --skyserver-url: 'http://[::1' is not an http://"),
     ],
 )
