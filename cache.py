@@ -17,13 +17,15 @@ import math
 import mmap
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pandas as pd
 import PIL
 import torch
 from filelock import FileLock, Timeout
@@ -31,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import data
-from data import DataError, Star
+from data import CLASS_NAMES, DataError, Star
 
 CACHE_DIR = ".cache"
 # dtype and shape of a row of each array
@@ -162,6 +164,55 @@ def check_star(
         star = star._replace(ra=spectrum.ra, dec=spectrum.dec)
     damage = [f"{data_dir / files[kind]}: {found[files[kind]].damage}" for kind in kinds if found[files[kind]].damage]
     return CheckedStar(star, damage="; ".join(damage))
+
+
+class PreparedStars(NamedTuple):
+    """The usable stars. Indexed, the arrays give tensors; an input the modality does not read is None."""
+
+    stars: list[Star]
+    spectra: CachedArray | Tensor | None  # (N, 3522) float32
+    images: CachedArray | Tensor | None  # (N, 3, 128, 128) uint8
+    targets: Tensor  # (N,) int64, indices into CLASS_NAMES
+
+
+def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[PreparedStars, dict[str, Any]]:
+    """The usable stars of a data directory, after telling what is in it; and what could not be used, and why."""
+    stars, left_out = data.read_catalog(data.catalog_path(data_dir))
+    for reason, count in left_out.items():
+        print(f"{count} row(s) of the catalogue left out: {reason}")
+    checked, arrays = open_stars(
+        stars, data_dir, spectra=modality != "image", images=modality != "spectrum", num_workers=num_workers
+    )
+    report_usable(checked)
+    usable = [entry.star for entry in checked if not (entry.missing or entry.damage)]
+    if not usable:
+        raise DataError(
+            f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used; "
+            f"python download_sdss_data.py --data-dir {data_dir} fetches their files"
+        )
+    prepared = PreparedStars(
+        stars=usable,
+        spectra=arrays.get("spectra"),
+        images=arrays.get("images"),
+        targets=torch.tensor([CLASS_NAMES.index(star.subclass) for star in usable]),
+    )
+    return prepared, {
+        "rows_left_out": dict(left_out),
+        "stars_missing": dict(Counter(f"{entry.star.subclass}: {entry.missing}" for entry in checked if entry.missing)),
+        "set_aside": [entry.damage for entry in checked if entry.damage],
+    }
+
+
+def report_usable(checked: list[CheckedStar]) -> None:
+    """Print, per class, how many stars are used, and how many are not and why; name each damaged file."""
+    states = ["damaged" if entry.damage else entry.missing or "used" for entry in checked]
+    table = pd.crosstab([entry.star.subclass for entry in checked], states, margins=True, margins_name="all")
+    columns = sorted(set(states), key=lambda state: (state != "used", state))
+    table = table[["all", *columns]].rename(columns={"all": "listed"})
+    print(table.rename_axis(index=None, columns="class").to_string())
+    for entry in checked:
+        if entry.damage:
+            print(f"set aside: {entry.damage}")
 
 
 # Opening the cache, or making it

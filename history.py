@@ -1,4 +1,4 @@
-"""What a run leaves behind: its record in training_history.json, and its plots.
+"""What a run leaves behind: its record in training_history.json, its plots, and, unfinished, the state to resume from.
 
     import pandas as pd
     runs = pd.json_normalize(pd.read_json("training_history.json").to_dict("records"))   # one row a run
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import astropy
 import matplotlib
@@ -27,16 +28,69 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from data import CLASS_NAMES, write_atomically
+from data import CLASS_NAMES, DataError, write_atomically
+from model import torch_load
 
+STATE_FORMAT = "m-star training state 1"  # the mark of an unfinished run's file
+STATE_FILES = "last_state_{}.pth"
 EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1")
 
 
+class Paths(NamedTuple):
+    """Where a run's files go."""
+
+    history: Path
+    training_plot: Path
+    confusion_matrix: dict[str, Path]  # by part of the stars
+    checkpoint: Path
+    state: Path
+
+
+def run_paths(output_dir: Path, training_id: str) -> Paths:
+    plots, checkpoints = output_dir / "plots", output_dir / "checkpoints"
+    suffixes = {"validation": "", "test": "_test"}
+    return Paths(
+        history=output_dir / "training_history.json",
+        training_plot=plots / f"training_plot_{training_id}.png",
+        confusion_matrix={part: plots / f"confusion_matrix_{training_id}{suffixes[part]}.png" for part in suffixes},
+        checkpoint=checkpoints / f"best_model_{training_id}.pth",
+        state=checkpoints / STATE_FILES.format(training_id),
+    )
+
+
+class Training(NamedTuple):
+    """A run as far as it is: what --resume needs of an unfinished one. All else follows from its options."""
+
+    options: dict[str, Any]  # of the command line
+    record: dict
+    states: dict[str, dict]  # of network, running mean, optimizer and schedule
+
+    def save(self, path: Path) -> None:
+        with write_atomically(path) as temporary:
+            torch.save({"format": STATE_FORMAT, **self._asdict()}, temporary)
+
+
+def load_training(path: Path) -> Training:
+    """Raises OSError for a file that is missing, damaged, or another program's."""
+    state = torch_load(path)
+    if not isinstance(state, dict) or state.pop("format", None) != STATE_FORMAT:
+        raise OSError(f"{path}: no unfinished run of this program (train.py keeps them as {STATE_FILES})")
+    return Training(**state)
+
+
 @contextlib.contextmanager
-def claim_training_id(output_dir: Path) -> Iterator[str]:
-    """A run's YYYYmmdd_HHMMSS, unique in this directory also among runs that start in the same second."""
+def claim_training_id(output_dir: Path, resumed: str | None = None) -> Iterator[str]:
+    """A run's YYYYmmdd_HHMMSS, unique in this directory also among runs that start in the same second; or the one
+    that is resumed, which no other process may be doing."""
     checkpoints = output_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
+    if resumed:
+        try:
+            with FileLock(checkpoints / f".{resumed}.lock").acquire(timeout=0):
+                yield resumed
+        except Timeout:
+            raise DataError(f"the run {resumed} goes on in another process") from None
+        return
     stamp, attempt = datetime.now().strftime("%Y%m%d_%H%M%S"), 1
     while True:
         training_id = stamp if attempt == 1 else f"{stamp}_{attempt}"
@@ -48,8 +102,11 @@ def claim_training_id(output_dir: Path) -> Iterator[str]:
         attempt += 1
 
 
-def append_to_history(path: Path, record: dict) -> None:
-    """Append a run; runs that end together wait for each other, and a damaged file is set aside, not lost."""
+def put_into_history(path: Path, record: dict) -> None:
+    """Append a run, or put it in the place of what was recorded of it before it was resumed.
+
+    Runs that end together wait for each other, and a damaged file is set aside, not lost.
+    """
     with FileLock(path.with_name(f".{path.name}.lock")):
         history = []
         if path.exists():
@@ -62,8 +119,10 @@ def append_to_history(path: Path, record: dict) -> None:
                 path.rename(aside)
                 history = []
                 print(f"{path} is damaged ({error}); it is kept as {aside.name}, and a new one begins", file=sys.stderr)
+        training_id = record["config"]["training_id"]
+        others = [run for run in history if run.get("config", {}).get("training_id") != training_id]
         with write_atomically(path) as temporary:
-            text = json.dumps([*history, record], indent=2, ensure_ascii=False)
+            text = json.dumps([*others, record], indent=2, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
 

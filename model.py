@@ -26,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from data import SPECTRUM_LENGTH
+from distributed import gather_stars
 
 # Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -51,7 +52,7 @@ CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train
 
 def remove_continuum(spectra: Tensor) -> Tensor:
     """Spectra (N, 3522), each less the polynomial in log wavelength that fits it best."""
-    basis = _continuum_basis().to(spectra.device)
+    basis = _continuum_basis().to(spectra)
     return spectra - spectra @ basis @ basis.T
 
 
@@ -126,14 +127,15 @@ class FusionModel(nn.Module):
         image_backbone: one of IMAGE_BACKBONES; the paper's is "resnet152", smaller ones serve tests.
         image_weights: None for random weights, "imagenet" for torchvision's (downloaded once), or the
             path of a file in torchvision's format. Raises OSError when they cannot be had.
-        image_dropout: in training, the Transformer sees the image tokens of a star as zeros with this
-            probability, so that it learns the spectrum also where the image alone would do.
+        image_dropout: the fraction of stars of which training hides the image from the Transformer, so that
+            it learns the spectrum also where the image alone would do.
 
     forward: specs (B, 3522) in units of the median flux, imgs (B, 3, 128, 128) with values 0…255, as data.py
-        prepares them, B ≥ 1, on the model's device. The one that the modality does not read may be None, and
-        the image also in "fusion": its tokens are zeros then, as training has shown it →
+        prepares them, B ≥ 1, on the model's device; the one that the modality does not read may be None.
+        In "fusion" the image tokens are zeros where image_seen (B,) is false, and everywhere if imgs is None →
         align_logits (B, B): cosine of image i and spectrum j over the temperature; None unless both are read;
         fuse_logits (B, num_classes): the classes, from the Transformer's [CLS] output.
+        In training by several processes, B of the logits counts the stars of all.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class FusionModel(nn.Module):
         }
         if modality not in MODALITIES:
             raise ValueError(f"modality is {modality!r}, not one of {', '.join(MODALITIES)}")
-        self.image_dropout = image_dropout
+        self.modality, self.image_dropout = modality, image_dropout
         self.spec_encoder = self.image_encoder = None
         num_tokens = 1  # [CLS]
         if modality != "image":
@@ -223,27 +225,29 @@ class FusionModel(nn.Module):
             deviation = (remove_continuum(specs) - self.spectrum_mean) / self.spectrum_std
         return deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
-    def forward(self, specs: Tensor | None, imgs: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def forward(
+        self, specs: Tensor | None, imgs: Tensor | None, image_seen: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         tokens, align_logits = [], None
         spectrum_type, image_type = self.token_type_embedding.weight
+        gather = gather_stars if self.training else lambda values: values
         if self.spec_encoder is not None:
             spectrum_features, spectrum_tokens = self.spec_encoder(self.normalise_spectra(specs))
             tokens.append(spectrum_tokens + spectrum_type)
         if self.image_encoder is not None and imgs is not None:
             image_features, image_tokens = self.image_encoder(normalise_images(imgs))
             if self.spec_encoder is not None:
-                align_logits = contrastive_logits(image_features, spectrum_features)
-                if self.training:
-                    seen = torch.rand(len(imgs), 1, 1, device=imgs.device) >= self.image_dropout
-                    image_tokens = image_tokens * seen
+                align_logits = contrastive_logits(gather(image_features), gather(spectrum_features))
+                if image_seen is not None:
+                    image_tokens = image_tokens * image_seen[:, None, None]
             tokens.append(image_tokens + image_type)
         elif self.image_encoder is not None:
-            tokens.append(image_type.expand(len(specs), 4, -1))  # tokens of zeros, as training has shown them
+            tokens.append(image_type.expand(len(specs), 4, -1))
 
         cls_token = (self.cls_token + spectrum_type).expand(len(tokens[0]), -1, -1)
         x = torch.cat([cls_token, *tokens], dim=1) + self.position_embedding  # (B, 1 + 32 + 4, 512)
         fuse_logits = self.classifier(self.transformer(x)[:, 0])
-        return align_logits, fuse_logits
+        return align_logits, gather(fuse_logits)
 
 
 def contrastive_logits(image_features: Tensor, spectrum_features: Tensor) -> Tensor:
@@ -260,7 +264,7 @@ def _build_resnet(backbone: str, weights: str | Path | None) -> torchvision.mode
         raise ValueError(f"image_backbone is {backbone!r}, not one of {', '.join(IMAGE_BACKBONES)}")
     resnet = torchvision.models.get_model(backbone, weights=None)
     if weights is not None:
-        state = _fetch_imagenet_weights(backbone) if weights == "imagenet" else _torch_load(Path(weights))
+        state = _fetch_imagenet_weights(backbone) if weights == "imagenet" else torch_load(Path(weights))
         try:
             resnet.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
@@ -292,7 +296,7 @@ def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
 
     Raises OSError for a file that is missing, damaged, or another program's.
     """
-    checkpoint = _torch_load(path)
+    checkpoint = torch_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise OSError(f"{path}: not a checkpoint of this program (train.py writes them to checkpoints/)")
     try:
@@ -303,7 +307,7 @@ def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
     return model.eval(), checkpoint
 
 
-def _torch_load(path: Path) -> Any:
+def torch_load(path: Path) -> Any:
     """Tensors and plain values only: nothing in the file is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

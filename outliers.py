@@ -10,6 +10,7 @@ Mahalanobis distance from the training stars (covariance after Ledoit & Wolf 200
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 
 from data import CUTOUT_SCALE, IMAGE_SIZE
+
+if TYPE_CHECKING:
+    from train import Batch
 
 BANDS = 32
 RING_EDGES = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 12.0)  # arcsec from the star
@@ -40,11 +44,11 @@ def summarise_images(images: Tensor) -> Tensor:
 SUMMARIES = {"spectrum": summarise_spectra, "image": summarise_images}
 
 
-def fit_references(batches: Iterable[tuple[Tensor | None, Tensor | None, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """What `unlikeness` compares with, for each input in these batches (spectra, images, targets) of training stars."""
+def fit_references(batches: Iterable["Batch"]) -> dict[str, dict[str, Tensor]]:
+    """What `unlikeness` compares with, for each input in these batches of training stars."""
     rows: dict[str, list[Tensor]] = {kind: [] for kind in SUMMARIES}
-    for spectra, images, _ in batches:
-        for kind, inputs in zip(SUMMARIES, (spectra, images), strict=True):
+    for batch in batches:
+        for kind, inputs in (("spectrum", batch.spectra), ("image", batch.images)):
             if inputs is not None:
                 rows[kind].append(SUMMARIES[kind](inputs))
     return {kind: _fit(torch.cat(summaries)) for kind, summaries in rows.items() if summaries}

@@ -69,9 +69,10 @@ def load_classifier(path: Path, device: torch.device) -> tuple[FusionModel, dict
 
 def choose_inputs(model: FusionModel, there: set[str]) -> tuple[str, ...]:
     """Which of a star's inputs "spectrum" and "image" the network is given; none if it needs one that is not there."""
-    modality = model.arguments["modality"]
-    needed = ("spectrum", "image") if modality == "fusion" else (modality,)
-    return needed if there.issuperset(needed) else ()
+    possible = {"fusion": [("spectrum", "image")], "spectrum": [("spectrum",)], "image": [("image",)]}[model.modality]
+    if model.modality == "fusion" and model.image_dropout > 0:  # it has learned from spectra without image, too
+        possible.append(("spectrum",))
+    return next((inputs for inputs in possible if there.issuperset(inputs)), ())
 
 
 class StarFiles(NamedTuple):

@@ -3,6 +3,8 @@
     python train.py --demo                                     simulate stars, train on them, in demo/
     python train.py                                            train on ./objects.csv, spectra/, images/
     python train.py --data-dir DIR --modality spectrum         spectra alone
+    python train.py --resume auto                              go on after Ctrl-C or a crash
+    torchrun --nproc-per-node=4 train.py                       on four GPUs
     python train.py --evaluate checkpoints/best_model_ID.pth   score a checkpoint on its validation stars
 
 Read top to bottom: options, stars, split, training and evaluation, a run. The network is in model.py,
@@ -10,37 +12,46 @@ its loss in loss_sic.py, the reading of files in data.py and cache.py, a run's r
 """
 
 import argparse
+import contextlib
+import copy
 import itertools
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
-from sklearn.metrics import classification_report, precision_recall_fscore_support
 from sklearn.model_selection import train_test_split
-from sklearn.utils import resample
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from torch.utils.data import DataLoader, Dataset
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm.auto import tqdm
 
-import cache
 import data
+import distributed
 import history
 import outliers
-from cache import CachedArray, CheckedStar
+from cache import PreparedStars, read_stars
 from data import CLASS_NAMES, DataError, Star
+from evaluation import Evaluation, print_scores
+from history import Paths, Training, load_training, run_paths
 from loss_sic import loss_sic
-from model import IMAGE_BACKBONES, MODALITIES, FusionModel, load_checkpoint, normalise_images, save_checkpoint
+from model import (
+    IMAGE_BACKBONES,
+    MODALITIES,
+    FusionModel,
+    load_checkpoint,
+    normalise_images,
+    save_checkpoint,
+)
 from simulate_sdss_data import simulate
 
 WARMUP_EPOCHS = 2
@@ -49,8 +60,8 @@ MAX_GRADIENT_NORM = 1.0
 AVERAGE_SPAN = 0.2  # of all steps: how far back the running mean of the weights, which is validated and kept, reaches
 BATCH_NORM_BATCHES = 4  # of training stars, from which those weights get the statistics of their batch norms
 SPECTRA_AT_ONCE = 1024  # in memory, when their mean is taken
-BOOTSTRAP_DRAWS = 1000
 SIC_NEGATIVES = ("all", "other-classes")
+PATH_OPTIONS = ("data_dir", "output_dir")
 PARTS = {"validation": "which chose the checkpoint, so that their score flatters", "test": "which chose nothing"}
 
 DEMO_DIR = Path("demo")
@@ -94,6 +105,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sic-weight", type=number(float, 0, 1000), default=1.0, help="weight of the contrastive loss")
     add("--sic-negatives", choices=SIC_NEGATIVES, default="all", help="the stars that the contrastive loss tells a "
         "star from: all others, as in the paper, or those of other classes")  # fmt: skip
+    add("--resume", metavar="{auto,FILE}", help="go on with the unfinished run of this checkpoints/"
+        f"{history.STATE_FILES.format('ID')}, auto: of the newest in --output-dir, under its own options")  # fmt: skip
+    add("--state-interval", type=number(float, 0, 1e6), default=60.0, help="seconds of training, at least, between "
+        "the states to resume from, which are written after an epoch")  # fmt: skip
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")
     add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate "
         "scores; all: every star of a directory that took no part in training")  # fmt: skip
@@ -103,6 +118,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.demo:  # the demo's defaults; what the command line names goes before them
         parser.set_defaults(**DEMO_DEFAULTS)
         args = parser.parse_args(argv)
+    if args.resume and any(getattr(args, name) != parser.get_default(name) for name in vars(args)
+                           if name not in ("resume", "output_dir")):  # fmt: skip
+        parser.error("--resume takes all options from the run that it goes on with (but --output-dir)")
+    if args.batch_size % int(os.environ.get("WORLD_SIZE", "1")):
+        parser.error(f"--batch-size {args.batch_size} cannot be shared by {os.environ['WORLD_SIZE']} processes")
     if args.validation_split + args.test_split >= 1:
         parser.error("--validation-split and --test-split together leave no star to train on")
     return args
@@ -111,7 +131,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(distributed.local_rank())
+    return torch.device("cuda", distributed.local_rank())
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -128,58 +151,20 @@ def choose_precision(name: str, device: torch.device) -> str:
 # Stars: read, checked, counted
 
 
-class PreparedStars(NamedTuple):
-    """The usable stars. Indexed, the arrays give tensors; an input the modality does not read is None."""
+class Batch(NamedTuple):
+    """Some stars; what the modality does not read is None."""
 
-    stars: list[Star]
-    spectra: CachedArray | Tensor | None  # (N, 3522) float32
-    images: CachedArray | Tensor | None  # (N, 3, 128, 128) uint8
-    targets: Tensor  # (N,) int64, indices into CLASS_NAMES
+    spectra: Tensor | None  # (B, 3522) float32
+    images: Tensor | None  # (B, 3, 128, 128) uint8
+    image_seen: Tensor | None  # (B,) bool: whether the Transformer sees the image; None: of all stars
+    targets: Tensor  # (B,) int64
 
-
-def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[PreparedStars, dict[str, Any]]:
-    """The usable stars of a data directory, after telling what is in it; and what could not be used, and why."""
-    stars, left_out = data.read_catalog(data.catalog_path(data_dir))
-    for reason, count in left_out.items():
-        print(f"{count} row(s) of the catalogue left out: {reason}")
-    checked, arrays = cache.open_stars(
-        stars, data_dir, spectra=modality != "image", images=modality != "spectrum", num_workers=num_workers
-    )
-    report_usable(checked)
-    usable = [entry.star for entry in checked if not (entry.missing or entry.damage)]
-    if not usable:
-        raise DataError(
-            f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used; "
-            f"python download_sdss_data.py --data-dir {data_dir} fetches their files"
-        )
-    prepared = PreparedStars(
-        stars=usable,
-        spectra=arrays.get("spectra"),
-        images=arrays.get("images"),
-        targets=torch.tensor([CLASS_NAMES.index(star.subclass) for star in usable]),
-    )
-    return prepared, {
-        "rows_left_out": dict(left_out),
-        "stars_missing": dict(Counter(f"{entry.star.subclass}: {entry.missing}" for entry in checked if entry.missing)),
-        "set_aside": [entry.damage for entry in checked if entry.damage],
-    }
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
 
 
-def report_usable(checked: list[CheckedStar]) -> None:
-    """Print, per class, how many stars are used, and how many are not and why; name each damaged file."""
-    states = ["damaged" if entry.damage else entry.missing or "used" for entry in checked]
-    table = pd.crosstab([entry.star.subclass for entry in checked], states, margins=True, margins_name="all")
-    columns = sorted(set(states), key=lambda state: (state != "used", state))
-    table = table[["all", *columns]].rename(columns={"all": "listed"})
-    print(table.rename_axis(index=None, columns="class").to_string())
-    for entry in checked:
-        if entry.damage:
-            print(f"set aside: {entry.damage}")
-
-
-def turn_images(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image (B, 3, H, H) turned by quarter turns and mirrored at random: the sky has no up and no left."""
-    symmetries = torch.randint(8, (len(images),), generator=generator).tolist()
+def turn_images(images: Tensor, symmetries: list[int]) -> Tensor:
+    """Each image (B, 3, H, H) turned by k % 4 quarter turns, and mirrored if its k is 4 or more."""
     turned = torch.empty_like(images)
     # NumPy turns and mirrors without copying, so that each image is copied once.
     for image, target, k in zip(images.numpy(), turned.numpy(), symmetries, strict=True):
@@ -189,46 +174,71 @@ def turn_images(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class StarDataset(Dataset):
-    """Some of the prepared stars; one indexed read gives a whole batch (spectra, images, targets).
+    """Some of the prepared stars; one indexed read gives a whole Batch."""
 
-    spectra (B, 3522) float32 and images (B, 3, 128, 128) uint8, turned at random if there is a
-    generator to draw from; None for an input the modality does not read; targets (B,) int64.
-    """
-
-    def __init__(
-        self, prepared: PreparedStars, indices: np.ndarray, augmentation: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, prepared: PreparedStars, indices: np.ndarray) -> None:
         self.prepared = prepared
         self.indices = torch.as_tensor(indices)
-        self.augmentation = augmentation
+        self.symmetries: Tensor | None = None  # (N,) 0…7; None: images as they are
+        self.image_seen: Tensor | None = None  # (N,)
+
+    def augment(self, generator: torch.Generator, image_dropout: float) -> None:
+        """Draw anew how each star's image is turned and mirrored (the sky has no up and no left) and whether it is
+        seen: for all stars, so that it depends neither on the batches nor on the process."""
+        self.symmetries = torch.randint(8, (len(self),), generator=generator)
+        self.image_seen = torch.rand(len(self), generator=generator) >= image_dropout
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitems__(self, positions: list[int]) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def __getitems__(self, positions: list[int]) -> Batch:
         chosen = self.indices[positions]
         spectra, images, targets = self.prepared.spectra, self.prepared.images, self.prepared.targets
         spectra = None if spectra is None else spectra[chosen]
         images = None if images is None else images[chosen]
-        if images is not None and self.augmentation is not None:
-            images = turn_images(images, self.augmentation)
-        return spectra, images, targets[chosen]
+        if images is not None and self.symmetries is not None:
+            images = turn_images(images, self.symmetries[positions].tolist())
+        image_seen = None if self.image_seen is None else self.image_seen[positions]
+        return Batch(spectra, images, image_seen, targets[chosen])
 
 
-def make_loader(
-    prepared: PreparedStars, indices: np.ndarray, batch_size: int, shuffle_seed: int | None = None
-) -> DataLoader:
-    """Batches of those stars: for training if a seed is given, shuffled anew each epoch and with augmentation;
-    in order and as they are otherwise."""
-    generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-    return DataLoader(
-        StarDataset(prepared, indices, augmentation=generator),
-        batch_size=batch_size,
-        shuffle=shuffle_seed is not None,
-        generator=generator,
-        collate_fn=lambda batch: batch,  # __getitems__ already gives a batch
-        pin_memory=torch.cuda.is_available(),
+def make_loader(prepared: PreparedStars, indices: np.ndarray, batch_size: int) -> DataLoader:
+    """Batches of those stars, in order and as they are; of several processes, each has batches of its own."""
+    batches = [batch.tolist() for batch in torch.arange(len(indices)).split(batch_size)]
+    return _loader(
+        StarDataset(prepared, indices), batch_sampler=batches[distributed.rank() :: distributed.world_size()]
     )
+
+
+class TrainingLoader:
+    """Batches of those stars in another order, and with other augmentation, in each epoch; both follow from seed and
+    epoch alone. Of several processes, each has its share of every batch; the stars that make the last shares equal
+    come twice in the epoch."""
+
+    def __init__(
+        self, prepared: PreparedStars, indices: np.ndarray, batch_size: int, *, seed: int, image_dropout: float
+    ) -> None:
+        self.seed, self.image_dropout = seed, image_dropout
+        processes = distributed.world_size()
+        self.dataset = StarDataset(prepared, indices)
+        self.sampler = DistributedSampler(
+            self.dataset, processes, distributed.rank() if processes > 1 else 0, shuffle=True, seed=seed
+        )
+        self.loader = _loader(self.dataset, batch_size=batch_size // processes, sampler=self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, number: int) -> DataLoader:
+        self.sampler.set_epoch(number)
+        generator = torch.Generator().manual_seed(self.seed + number)
+        self.dataset.augment(generator, self.image_dropout)
+        return self.loader
+
+
+def _loader(dataset: StarDataset, **options: Any) -> DataLoader:
+    # __getitems__ already gives a batch.
+    return DataLoader(dataset, collate_fn=lambda batch: batch, pin_memory=torch.cuda.is_available(), **options)
 
 
 # Split
@@ -283,18 +293,19 @@ class Engine(NamedTuple):
     sic_weight: float = 1.0
     sic_negatives: str = "all"
 
-    def batches(self, loader: Iterable, description: str) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
+    def batches(self, loader: Iterable[Batch], description: str) -> Iterator[Batch]:
         """The loader's batches on the device, under a progress bar."""
-        for batch in tqdm(loader, desc=description, unit="batch", leave=False):
-            yield tuple(None if part is None else part.to(self.device) for part in batch)
+        for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=distributed.rank() > 0):
+            yield batch.to(self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def loss(self, spectra: Tensor | None, images: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's loss and class logits (B, 5), float32."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The batch's loss and class logits (B, 5), float32; in training, those of the batch of all processes."""
         with self.autocast():
-            align_logits, fuse_logits = self.model(spectra, images)
+            align_logits, fuse_logits = self.model(batch.spectra, batch.images, batch.image_seen)
+        targets = distributed.gather_stars(batch.targets) if self.model.training else batch.targets
         fuse_logits = fuse_logits.float()
         loss = loss_sic(
             align_logits,
@@ -314,7 +325,7 @@ def measure_batch_norm(engine: Engine, loader: DataLoader) -> None:
     if engine.model.image_encoder is not None:
         batches = engine.batches(itertools.islice(loader, BATCH_NORM_BATCHES), "batch norms")
         with engine.autocast():
-            update_bn((normalise_images(images) for _, images, _ in batches), engine.model.image_encoder)
+            update_bn((normalise_images(batch.images) for batch in batches), engine.model.image_encoder)
 
 
 def train_one_epoch(
@@ -322,70 +333,40 @@ def train_one_epoch(
     loader: DataLoader,
     optimizer: Optimizer,
     scheduler: LRScheduler,
-    averaged: AveragedModel,
+    update_average: Callable[[], None],
     description: str,
 ) -> float:
-    """One pass over the training stars, with the running mean of the weights; returns the mean loss, by star."""
+    """One pass over the training stars; returns the mean loss, by star."""
     engine.model.train()
-    total = torch.zeros((), device=engine.device)
-    for spectra, images, targets in engine.batches(loader, description):
-        loss, _ = engine.loss(spectra, images, targets)
+    total, stars = torch.zeros((), device=engine.device), 0
+    for batch in engine.batches(loader, description):
+        loss, _ = engine.loss(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(engine.model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         scheduler.step()
-        averaged.update_parameters(engine.model)
-        total += loss.detach() * len(targets)
-    return total.item() / len(loader.dataset)
-
-
-class Evaluation(NamedTuple):
-    loss: float  # mean, by star
-    targets: np.ndarray  # (N,) class indices
-    predictions: np.ndarray  # (N,) class indices
-
-    def scores(self) -> dict[str, float]:
-        """Accuracy; precision, recall and F1 weighted by class frequency, F1 also as the plain mean over
-        classes; fraction within ± 1 subclass."""
-        *by_class, count = precision_recall_fscore_support(self.targets, self.predictions, zero_division=0)
-        precision, recall, f1 = (float(np.average(score, weights=count)) for score in by_class)
-        return {
-            "accuracy": float((self.predictions == self.targets).mean()),
-            "precision": precision,
-            "recall": recall,
-            "f1": f1,
-            "f1_macro": float(by_class[2].mean()),
-            "within_one_subclass": float((np.abs(self.predictions - self.targets) <= 1).mean()),
-        }
-
-    def intervals(self) -> dict[str, list[float]]:
-        """The 95 % interval of each score, by the bootstrap: these stars drawn again with replacement."""
-        random = np.random.RandomState(0)
-        draws = [
-            Evaluation(self.loss, *resample(self.targets, self.predictions, random_state=random)).scores()
-            for _ in range(BOOTSTRAP_DRAWS)
-        ]
-        return pd.DataFrame(draws).quantile([0.025, 0.975]).to_dict(orient="list")
-
-    def report(self) -> str:
-        labels = range(len(CLASS_NAMES))
-        return classification_report(
-            self.targets, self.predictions, labels=labels, target_names=CLASS_NAMES, digits=3, zero_division=0
-        )
+        update_average()
+        total += loss.detach() * len(batch.targets)  # on the device: the loop never waits for it
+        stars += len(batch.targets)
+    return total.item() / stars
 
 
 @torch.inference_mode()
 def evaluate(engine: Engine, loader: DataLoader, description: str = "evaluating") -> Evaluation:
-    """One pass over a loader's stars, in its order, without training."""
+    """One pass over a loader's stars, those of all processes, without training."""
     engine.model.eval()
-    total, targets_seen, predictions = 0.0, [], []
-    for spectra, images, targets in engine.batches(loader, description):
-        loss, logits = engine.loss(spectra, images, targets)
-        total += loss.item() * len(targets)
-        targets_seen.append(targets.cpu())
-        predictions.append(logits.argmax(dim=1).cpu())
-    return Evaluation(total / len(loader.dataset), torch.cat(targets_seen).numpy(), torch.cat(predictions).numpy())
+    total = torch.zeros((), device=engine.device)
+    targets, predictions = [], []
+    for batch in engine.batches(loader, description):
+        loss, logits = engine.loss(batch)
+        total += loss * len(batch.targets)
+        targets.append(batch.targets)
+        predictions.append(logits.argmax(dim=1))
+    own = (total.item(), [part.cpu() for part in targets], [part.cpu() for part in predictions])
+    totals, *parts = zip(*distributed.gather_objects(own), strict=True)
+    targets, predictions = (torch.cat([one for parts_of in part for one in parts_of]).numpy() for part in parts)
+    return Evaluation(sum(totals) / len(loader.dataset), targets, predictions)
 
 
 def make_optimizer(
@@ -405,45 +386,61 @@ def make_optimizer(
 
 
 def fit(
-    engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], record: dict, checkpoint_path: Path
+    engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], training: Training, paths: Paths
 ) -> None:
-    """Train; after each epoch validate the running mean of the weights, print, extend record["epoch_metrics"],
-    and keep the best checkpoint."""
+    """Train from the epoch that `training` is at; after each one validate the running mean of the weights, print,
+    extend the record's epoch_metrics, keep the best checkpoint, and from time to time the state to resume from."""
+    record, states = training.record, training.states
     config, curves, final = record["config"], record["epoch_metrics"], record["final_metrics"]
-    train_loader = make_loader(prepared, splits["train"], config["batch_size"], shuffle_seed=config["random_seed"])
+    model, epochs = distributed.prepare(engine.model), config["num_epochs"]
+    train_loader = TrainingLoader(
+        prepared, splits["train"], config["batch_size"], seed=config["random_seed"], image_dropout=model.image_dropout
+    )
     val_loader = make_loader(prepared, splits["validation"], config["batch_size"])
-    epochs = config["num_epochs"]
-    optimizer, scheduler = make_optimizer(engine.model, config["learning_rate"], epochs, len(train_loader))
+    optimizer, scheduler = make_optimizer(model, config["learning_rate"], epochs, len(train_loader))
+    averaged = copy.deepcopy(model)
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "scheduler": scheduler}
+    for name, state in states.items():
+        parts[name].load_state_dict(state)
     decay = 1 - 1 / max(1, AVERAGE_SPAN * epochs * len(train_loader))
-    averaged = AveragedModel(engine.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    update_average = partial(
+        get_ema_multi_avg_fn(decay), list(averaged.parameters()), list(model.parameters()), None
+    )  # fmt: skip
+    trained, validated = engine._replace(model=distributed.share_gradients(model)), engine._replace(model=averaged)
     # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
-    parts = {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()}
+    stars = {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()}
     references = outliers.fit_references(make_loader(prepared, splits["train"], config["batch_size"]))
-    best_f1 = -1.0
-    for epoch in range(1, epochs + 1):
+    state_saved = time.perf_counter()
+    for epoch in range(len(curves["train_loss"]) + 1, epochs + 1):
         started = time.perf_counter()
         now = f"epoch {epoch}/{epochs}"
-        train_loss = train_one_epoch(engine, train_loader, optimizer, scheduler, averaged, now)
-        validated = engine._replace(model=averaged.module)
-        measure_batch_norm(validated, train_loader)
+        loader = train_loader.epoch(epoch)
+        train_loss = train_one_epoch(trained, loader, optimizer, scheduler, update_average, now)
+        measure_batch_norm(validated, loader)
         validation = evaluate(validated, val_loader, f"{now}, validating")
         if not math.isfinite(train_loss + validation.loss):
             raise DataError(
                 f"the loss is not finite in epoch {epoch}; try a smaller --learning-rate or --precision fp32"
             )
         scores = validation.scores()
+        # Less than half a star apart is no difference; of equals the later has learned for longer.
+        improved = scores["f1"] > max(curves["val_f1"], default=-1.0) - 0.5 / len(splits["validation"])
         curves["train_loss"].append(train_loss)
         curves["val_loss"].append(validation.loss)
         for name in ("accuracy", "precision", "recall", "f1"):
             curves[f"val_{name}"].append(scores[name])
-        # Less than half a star apart is no difference; of equals the later has learned for longer.
-        improved = scores["f1"] > best_f1 - 0.5 / len(splits["validation"])
         if improved:
-            best_f1, final["best_epoch"] = max(best_f1, scores["f1"]), epoch
-            with data.write_atomically(checkpoint_path) as temporary:
-                save_checkpoint(
-                    temporary, averaged.module, epoch=epoch, config=config, splits=parts, references=references
-                )
+            final["best_epoch"] = epoch
+        record["total_training_time_seconds"] += time.perf_counter() - started
+        if distributed.rank() == 0:
+            if improved:
+                with data.write_atomically(paths.checkpoint) as temporary:
+                    save_checkpoint(
+                        temporary, averaged, epoch=epoch, config=config, splits=stars, references=references
+                    )  # fmt: skip
+            if epoch < epochs and time.perf_counter() - state_saved >= training.options["state_interval"]:
+                training._replace(states={name: part.state_dict() for name, part in parts.items()}).save(paths.state)
+                state_saved = time.perf_counter()
         print(
             f"{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {validation.loss:6.3f}  "
             f"accuracy {scores['accuracy']:.3f}  precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  "
@@ -455,18 +452,19 @@ def fit(
 # A run
 
 
-def begin_record(
+def begin_training(
     args: argparse.Namespace,
     training_id: str,
     engine: Engine,
     prepared: PreparedStars,
     splits: dict[str, np.ndarray],
     not_used: dict[str, Any],
-) -> dict:
-    """A run's record in training_history.json, before its first epoch: every option, and what they came to."""
+) -> Training:
+    """A run before its first epoch; its record has every option, and what they came to."""
     image = args.image_backbone if engine.model.image_encoder is not None else None
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    del options["evaluate"], options["split"]  # of the other command
+    for name in ("evaluate", "split", "resume"):  # of other commands
+        del options[name]
     config = {
         "training_id": training_id,
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -481,7 +479,8 @@ def begin_record(
         "image_backbone": image,
         "image_weights": None if image is None else args.image_weights,
         "optimizer": f"AdamW, weight decay {WEIGHT_DECAY}, {WARMUP_EPOCHS} epochs of warm-up, cosine, "
-        f"gradients clipped at {MAX_GRADIENT_NORM}",
+        f"gradients clipped at {MAX_GRADIENT_NORM}, running mean of the weights over {AVERAGE_SPAN:.0%} of the steps",
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "csv_file": str(data.catalog_path(args.data_dir)),
         "image_dir": str(args.data_dir / "images"),
         "spectra_dir": str(args.data_dir / "spectra"),
@@ -495,7 +494,13 @@ def begin_record(
         "versions": history.library_versions(),
         "git_commit": history.git_commit(),
     }
-    return {"config": config, "epoch_metrics": {name: [] for name in history.EPOCH_METRICS}, "final_metrics": {}}
+    record = {
+        "config": config,
+        "epoch_metrics": {name: [] for name in history.EPOCH_METRICS},
+        "final_metrics": {},
+        "total_training_time_seconds": 0.0,
+    }
+    return Training(options, record, states={})
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
@@ -537,20 +542,17 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     print(f"loss {evaluation.loss:.3f}")
 
 
-def print_scores(scores: dict[str, float], intervals: dict[str, list[float]]) -> None:
-    print("with its 95 % bootstrap interval:")
-    for name, value in scores.items():
-        low, high = intervals[name]
-        print(f"{name.replace('_', ' '):>22} {value:.3f}  ({low:.3f} to {high:.3f})")
-
-
-def train(args: argparse.Namespace, prepared: PreparedStars, not_used: dict[str, Any]) -> dict:
-    """A whole run on those stars: split, train; then evaluate the best checkpoint, record, plot. Returns the record."""
+def train(
+    args: argparse.Namespace, prepared: PreparedStars, not_used: dict[str, Any], unfinished: Training | None = None
+) -> dict:
+    """A whole run on those stars, or the rest of an unfinished one: split, train; then evaluate the best checkpoint,
+    record, plot. Returns the record."""
     device = choose_device(args.device)
     torch.manual_seed(args.random_seed)
     torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # on GPUs, TF32 where bf16 is not used
     splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
-    weights = None if args.image_weights == "none" or args.modality == "spectrum" else args.image_weights
+    weights = None if args.image_weights == "none" or args.modality == "spectrum" or unfinished else args.image_weights
     model = FusionModel(
         num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
     ).to(device, memory_format=torch.channels_last)
@@ -559,30 +561,40 @@ def train(args: argparse.Namespace, prepared: PreparedStars, not_used: dict[str,
         model.fit_normalisation(prepared.spectra[indices] for indices in chunks)
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
 
-    with history.claim_training_id(args.output_dir) as training_id:
-        record = begin_record(args, training_id, engine, prepared, splits, not_used)
-        config = record["config"]
+    first = distributed.rank() == 0
+    resumed_id = unfinished.record["config"]["training_id"] if unfinished else None
+    claim = history.claim_training_id(args.output_dir, resumed_id) if first else contextlib.nullcontext("")
+    with claim as training_id:
+        training = unfinished or begin_training(args, training_id, engine, prepared, splits, not_used)
+        record, config = training.record, training.record["config"]
         print(f"\n{config['model_architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
               f"on {config['device']} in {engine.precision}; {config['stars']}: {len(splits['train'])} to train, "
               f"{len(splits['validation'])} to validate, {len(splits['test'])} to test\n")  # fmt: skip
-        checkpoint_path = args.output_dir / "checkpoints" / f"best_model_{training_id}.pth"
-        started = time.perf_counter()
-        fit(engine, prepared, splits, record, checkpoint_path)
-        record["total_training_time_seconds"] = round(time.perf_counter() - started, 1)
-        best, _ = load_checkpoint(checkpoint_path)
-        engine = engine._replace(model=best.to(device, memory_format=torch.channels_last))
-        files = conclude(engine, prepared, splits, record, args.output_dir)
-        print(f"\ntrained in {record['total_training_time_seconds']:.0f} s. Open these:")
-        for file in [*files, checkpoint_path]:
-            print(f"  {file}")
+        paths, stopped = run_paths(args.output_dir, training_id), None
+        try:
+            with distributed.process_group():
+                fit(engine, prepared, splits, training, paths)
+        except (KeyboardInterrupt, DataError) as reason:
+            stopped = reason
+        record["stopped"] = None if stopped is None else str(stopped) or "interrupted"
+        # The epochs of a run that was stopped are recorded as well; but without one, there is nothing to record.
+        if first and record["epoch_metrics"]["train_loss"]:
+            best, _ = load_checkpoint(paths.checkpoint)
+            engine = engine._replace(model=best.to(device, memory_format=torch.channels_last))
+            conclude(engine, prepared, splits, record, paths)
+        if stopped is not None:
+            if paths.state.exists():
+                print(f"python train.py --resume {paths.state}    goes on from the last state kept")
+            raise stopped
+        paths.state.unlink(missing_ok=True)
         return record
 
 
 def conclude(
-    engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], record: dict, output_dir: Path
-) -> list[Path]:
-    """Evaluate the best checkpoint, append the run to the history, draw its plots; returns the files written."""
-    final, training_id = record["final_metrics"], record["config"]["training_id"]
+    engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], record: dict, paths: Paths
+) -> None:
+    """Evaluate the best checkpoint, put the run into the history, draw its plots."""
+    final = record["final_metrics"]
     stars = {part: f"{len(splits[part])} {part} stars of {record['config']['stars']}" for part in splits}
     evaluations = {
         part: evaluate(engine, make_loader(prepared, splits[part], record["config"]["batch_size"]))
@@ -590,44 +602,66 @@ def conclude(
         if len(splits[part])
     }
     for part, evaluation in evaluations.items():
-        scores, report = evaluation.scores(), evaluation.report()
         key = "val" if part == "validation" else part
-        final[f"final_{key}_accuracy"] = scores["accuracy"]
-        for name in ("precision", "recall", "f1"):
-            final[f"final_{key}_{name}_weighted"] = scores[name]
-        final[f"final_{key}_f1_macro"] = scores["f1_macro"]
-        final[f"final_{key}_within_one_subclass"] = scores["within_one_subclass"]
-        intervals = evaluation.intervals()
-        final[f"final_{key}_intervals_95"] = intervals
-        final[f"final_{key}_scored_on"] = f"{stars[part]}, {PARTS[part]}"
+        final |= evaluation.final_metrics(key, f"{stars[part]}, {PARTS[part]}")
+        report = evaluation.report()
         record["classification_report" if part == "validation" else "test_classification_report"] = report
         print(f"\nbest checkpoint (epoch {final['best_epoch']}) on the {stars[part]}, {PARTS[part]}:\n\n{report}")
-        print_scores(scores, intervals)
+        print_scores(evaluation.scores(), final[f"final_{key}_intervals_95"])
 
     # The record first: it must not be lost if a plot cannot be drawn.
-    files = [output_dir / "training_history.json", output_dir / "plots" / f"training_plot_{training_id}.png"]
-    history.append_to_history(files[0], record)
-    history.plot_training(files[1], record)
+    history.put_into_history(paths.history, record)
+    history.plot_training(paths.training_plot, record)
     for part, evaluation in evaluations.items():
-        suffix = "" if part == "validation" else f"_{part}"
-        files.append(output_dir / "plots" / f"confusion_matrix_{training_id}{suffix}.png")
-        history.plot_confusion_matrix(files[-1], evaluation.targets, evaluation.predictions, stars[part])
-    return files
+        history.plot_confusion_matrix(
+            paths.confusion_matrix[part], evaluation.targets, evaluation.predictions, stars[part]
+        )  # fmt: skip
+    print(f"\ntrained in {record['total_training_time_seconds']:.0f} s. Open these:")
+    for file in (
+        paths.history,
+        paths.training_plot,
+        *(paths.confusion_matrix[part] for part in evaluations),
+        paths.checkpoint,
+    ):
+        print(f"  {file}")
+
+
+def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training]:
+    """The options of the unfinished run that --resume names, and that run."""
+    path = Path(args.resume)
+    if args.resume == "auto":
+        states = sorted((args.output_dir / "checkpoints").glob(history.STATE_FILES.format("*")))
+        if not states:
+            raise DataError(f"{args.output_dir / 'checkpoints'}: no unfinished run is kept in it")
+        path = states[-1]
+    unfinished = load_training(path)
+    options = {name: Path(value) if name in PATH_OPTIONS else value for name, value in unfinished.options.items()}
+    print(f"{path}: {len(unfinished.record['epoch_metrics']['train_loss'])} of {options['num_epochs']} epochs are done")
+    return argparse.Namespace(**options), unfinished
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    if args.evaluate:
-        evaluate_checkpoint(args)
-        return
-    if args.demo and args.data_dir.exists():
-        print(f"{args.data_dir} is there already: its stars are used as they are; delete it for new ones")
-    elif args.demo:
-        simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
-    try:
-        train(args, *read_stars(args.data_dir, args.modality, args.num_workers))
-    except torch.OutOfMemoryError as error:
-        raise DataError("the GPU's memory is full; try a smaller --batch-size") from error
+    args, unfinished = parse_arguments(argv), None
+    with distributed.only_first_prints():
+        if args.evaluate:
+            evaluate_checkpoint(args)
+            return
+        if args.resume:
+            args, unfinished = resume(args)
+        elif args.demo and args.data_dir.exists():
+            print(f"{args.data_dir} is there already: its stars are used as they are; delete it for new ones")
+        elif args.demo:
+            simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
+        prepared, not_used = read_stars(args.data_dir, args.modality, args.num_workers)
+        if unfinished and data.describe(prepared.stars) != unfinished.record["config"]["stars"]:
+            raise DataError(
+                f"{args.data_dir}: {data.describe(prepared.stars)} can be used; the run began with "
+                f"{unfinished.record['config']['stars']}, and goes on with these alone"
+            )
+        try:
+            train(args, prepared, not_used, unfinished)
+        except torch.OutOfMemoryError as error:
+            raise DataError("the GPU's memory is full; try a smaller --batch-size") from error
 
 
 if __name__ == "__main__":

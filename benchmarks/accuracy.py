@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie 
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from cache import PreparedStars, read_stars  # noqa: E402
+from evaluation import Evaluation  # noqa: E402
 from model import IMAGE_BACKBONES, FusionModel, load_checkpoint, remove_continuum  # noqa: E402
-from train import Evaluation, PreparedStars  # noqa: E402
 
 
 def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
@@ -65,7 +66,7 @@ ABLATIONS = {
     "learning rate 1e-4": ["--learning-rate", "1e-4"],
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
-    "without turned images": patch.object(train, "turn_images", lambda images, generator: images),
+    "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
     "without averaged weights": patch.object(train, "AVERAGE_SPAN", 0.0),
     "attention as in ViLT at the start": patch.multiple(model, ATTENTION_STD=0.02, POSITION_STD=0.02),
     "one mean for all wavelengths": patch.object(FusionModel, "fit_normalisation", fit_one_mean),
@@ -192,6 +193,7 @@ def run_network(
         options = train.parse_arguments(
             [
                 *("--output-dir", directory, "--seed", str(seed), "--epochs", str(args.epochs)),
+                *("--state-interval", "1e6"),
                 *("--validation-split", str(args.validation_split), "--test-split", str(args.test_split)),
                 *("--image-backbone", args.image_backbone, "--image-weights", args.image_weights),
                 *(change if isinstance(change, list) else []),
@@ -225,8 +227,8 @@ def open_results(path: Path, settings: dict) -> dict:
 
 def main() -> None:
     args = parse_arguments()
-    stars, _ = train.read_stars(args.data_dir, "fusion", args.num_workers)
-    others = train.read_stars(args.test_dir, "fusion", args.num_workers)[0] if args.test_dir else None
+    stars, _ = read_stars(args.data_dir, "fusion", args.num_workers)
+    others = read_stars(args.test_dir, "fusion", args.num_workers)[0] if args.test_dir else None
     of_this_command = ("seeds", "methods", "num_workers", "output_dir")
     settings = {name: value for name, value in vars(args).items() if name not in of_this_command}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}

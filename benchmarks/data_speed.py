@@ -29,8 +29,7 @@ import numpy as np
 import torch
 from astropy.io import fits
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
@@ -38,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie 
 import cache  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
+from cache import PreparedStars  # noqa: E402
 from data import CLASS_NAMES, Star  # noqa: E402
 from model import IMAGE_BACKBONES, FusionModel  # noqa: E402
 from simulate_sdss_data import simulate  # noqa: E402
@@ -83,6 +83,11 @@ class NaiveDataset(Dataset):
         flux = (flux - flux.min()) / (flux.max() - flux.min())
         image = Image.open(data.cutout_path(self.data_dir, star)).convert("RGB")
         return torch.from_numpy(flux), self.transform(image), CLASS_NAMES.index(star.subclass)
+
+
+def naive_batch(stars: list[tuple[torch.Tensor, torch.Tensor, int]]) -> train.Batch:
+    spectra, images, targets = default_collate(stars)
+    return train.Batch(spectra, images, None, targets)
 
 
 # The stars
@@ -140,6 +145,11 @@ def read_all(batches: Iterable) -> None:
         pass
 
 
+def training_batches(prepared: PreparedStars, indices: np.ndarray) -> DataLoader:
+    """The batches of an epoch of training: shuffled, images turned."""
+    return train.TrainingLoader(prepared, indices, BATCH_SIZE, seed=0, image_dropout=0.5).epoch(1)
+
+
 def naive_rate(directory: Path, stars: list[Star]) -> float:
     """Stars a second of the yardstick, on at most 1000 of them."""
     some = NaiveDataset(directory, stars[:1000])
@@ -162,13 +172,16 @@ def measure_decoding(args: argparse.Namespace, originals: Path, work_dir: Path) 
 def measure_loading(args: argparse.Namespace, originals: Path, work_dir: Path) -> list[Row]:
     directory = work_dir / "loading"
     stars = make_stars(directory, originals, args.cached)
-    prepared, _ = train.read_stars(directory, "fusion", args.num_workers)
-    took = seconds(train.read_stars, directory, "fusion", args.num_workers)
+    prepared, _ = cache.read_stars(directory, "fusion", args.num_workers)
+    took = seconds(cache.read_stars, directory, "fusion", args.num_workers)
     rows = [Row(f"start of a run, {args.cached:,} cached stars", f"{took:.2f} s")]
     naive = naive_rate(directory, stars)
     indices = np.arange(args.cached)
-    for name, seed in (("as they are, in order", None), ("shuffled, images turned", 0)):
-        loader = train.make_loader(prepared, indices, BATCH_SIZE, shuffle_seed=seed)
+    loaders = {
+        "as they are, in order": train.make_loader(prepared, indices, BATCH_SIZE),
+        "shuffled, images turned": training_batches(prepared, indices),
+    }
+    for name, loader in loaders.items():
         here = args.cached / seconds(read_all, loader)
         row = Row(
             f"batches of {BATCH_SIZE} from the cache, {name}",
@@ -203,20 +216,21 @@ class TimedLoader:
 def measure_waiting(args: argparse.Namespace, originals: Path, work_dir: Path) -> list[Row]:
     directory = work_dir / "waiting"
     stars = make_stars(directory, originals, args.steps * BATCH_SIZE)
-    prepared, _ = train.read_stars(directory, "fusion", args.num_workers)
+    prepared, _ = cache.read_stars(directory, "fusion", args.num_workers)
     device = train.choose_device("auto")
     model = FusionModel(image_backbone=args.image_backbone).to(device, memory_format=torch.channels_last)
     engine = train.Engine(model, device, train.choose_precision("auto", device))
     loaders = {
-        "here": train.make_loader(prepared, np.arange(len(stars)), BATCH_SIZE, shuffle_seed=0),
-        "yardstick": DataLoader(NaiveDataset(directory, stars), batch_size=BATCH_SIZE, shuffle=True),
+        "here": training_batches(prepared, np.arange(len(stars))),
+        "yardstick": DataLoader(
+            NaiveDataset(directory, stars), batch_size=BATCH_SIZE, shuffle=True, collate_fn=naive_batch
+        ),
     }
     shares = {}
     for name, loader in loaders.items():
         timed = TimedLoader(loader)
         optimizer, scheduler = train.make_optimizer(model, 1e-4, epochs=1, steps_per_epoch=len(loader))
-        averaged = AveragedModel(model)
-        took = seconds(train.train_one_epoch, engine, timed, optimizer, scheduler, averaged, "")
+        took = seconds(train.train_one_epoch, engine, timed, optimizer, scheduler, lambda: None, "")
         wait, step = 1000 * timed.waited / len(loader), 1000 * took / len(loader)
         shares[name] = f"{wait / step:.2%} ({wait:.1f} ms of {step:.0f} ms a batch)"
     return [Row(f"training's wait for data, {args.image_backbone} on {device} in {engine.precision}", **shares)]
@@ -246,9 +260,9 @@ def peak_memory_of_an_epoch(directory: Path, num_workers: int) -> tuple[float, i
     at_start = resident_bytes("VmRSS")
 
     started = time.perf_counter()
-    prepared, _ = train.read_stars(directory, "fusion", num_workers)
+    prepared, _ = cache.read_stars(directory, "fusion", num_workers)
     splits = train.split_stars(prepared, 0.2, 0.0, seed=0)
-    read_all(train.make_loader(prepared, splits["train"], BATCH_SIZE, shuffle_seed=0))
+    read_all(training_batches(prepared, splits["train"]))
     read_all(train.make_loader(prepared, splits["validation"], BATCH_SIZE))
     return time.perf_counter() - started, resident_bytes("VmHWM") - at_start
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from astropy.io import fits
 from common import command, run_script
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel
 
+import cache
 import data
 import history
 import train
+from cache import PreparedStars
 from data import DataError, Star
+from evaluation import Evaluation
 
 SMALL = ("--image-backbone", "resnet18", "--image-weights", "none", "--batch-size", "16", "--num-workers", "2")
 PER_CLASS = 12
@@ -194,7 +197,7 @@ def test_stars_without_a_position_in_the_catalogue_are_told_apart_by_their_spect
         rows += [",".join(map(str, row[:5])) for row in (star, again)]
     (own_stars_dir / "objects.csv").write_text("\n".join(rows))
     for modality in ("fusion", "image"):
-        prepared, not_used = train.read_stars(own_stars_dir, modality, num_workers=0)
+        prepared, not_used = cache.read_stars(own_stars_dir, modality, num_workers=0)
         assert len(prepared.stars) == 10 * PER_CLASS and not not_used["set_aside"]
         assert all(star.simulated for star in prepared.stars)  # their FITS headers say it, the catalogue does not
         splits = train.split_stars(prepared, 0.2, 0.2, seed=0)
@@ -288,13 +291,72 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(tmp_path):
     prepared = many_stars(5)._replace(spectra=torch.full((25, data.SPECTRUM_LENGTH), torch.nan))
-    engine = train.Engine(train.FusionModel(modality="spectrum", num_layers=1), torch.device("cpu"), "fp32")
-    config = {"num_epochs": 2, "batch_size": 8, "learning_rate": 1e-4, "random_seed": 0}
-    record = {"config": config, "epoch_metrics": {name: [] for name in history.EPOCH_METRICS}, "final_metrics": {}}
-    splits = train.split_stars(prepared, 0.2, 0.0, seed=0)
+    args = train.parse_arguments(["--modality", "spectrum", "--batch-size", "8", "--output-dir", str(tmp_path)])
     with pytest.raises(DataError, match="not finite in epoch 1.*--learning-rate"):
-        train.fit(engine, prepared, splits, record, tmp_path / "best.pth")
-    assert not list(tmp_path.iterdir())
+        train.train(args, prepared, {})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def start_and_stop(signal_: int, after: str, *options: object) -> tuple[int, str, str]:
+    """Start training, send the signal as soon as a printed line begins with `after`; exit status and what it printed."""
+    process = subprocess.Popen(command("train.py", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if line.strip().startswith(after):
+            process.send_signal(signal_)
+            break
+    rest, errors = process.communicate(timeout=300)
+    return process.returncode, printed + rest, errors
+
+
+def test_a_killed_run_is_resumed_as_if_never_stopped(stars_dir, tmp_path):
+    options = ("--data-dir", stars_dir, "--modality", "spectrum", "--batch-size", 16, "--epochs", 4, "--num-workers", 1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script("train.py", *options, "--output-dir", whole).returncode == 0
+    status, _, _ = start_and_stop(
+        signal.SIGKILL, "2/4", *options, "--output-dir", killed, "--state-interval", 0
+    )  # fmt: skip
+    assert status == -signal.SIGKILL and not (killed / "training_history.json").exists()
+    done = run_script("train.py", "--resume", "auto", "--output-dir", killed)
+    assert done.returncode == 0, done.stderr
+    assert " of 4 epochs are done" in done.stdout and " 4/4 " in done.stdout and " 1/4 " not in done.stdout
+    one, other = read_history(whole)[0], read_history(killed)[0]
+    assert one["epoch_metrics"] == other["epoch_metrics"] and one["final_metrics"] == other["final_metrics"]
+    weights = [
+        torch.load(next((directory / "checkpoints").glob("best_model_*.pth")), weights_only=True)["model_state"]
+        for directory in (whole, killed)
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not list((killed / "checkpoints").glob("last_state_*"))  # it is finished
+    again = run_script("train.py", "--resume", "auto", "--output-dir", killed)
+    assert again.returncode == 1 and "no unfinished run" in again.stderr.splitlines()[-1]
+
+
+def test_a_run_ended_by_ctrl_c_is_recorded_and_can_go_on(stars_dir, tmp_path):
+    options = ("--data-dir", stars_dir, "--modality", "spectrum", "--batch-size", 16, "--epochs", 3, "--num-workers", 1)
+    status, printed, errors = start_and_stop(
+        signal.SIGINT, "1/3", *options, "--output-dir", tmp_path, "--state-interval", 0
+    )  # fmt: skip
+    assert status == 130 and errors.splitlines()[-1] == "interrupted" and "--resume" in printed
+    record = read_history(tmp_path)[0]
+    assert record["stopped"] == "interrupted" and 1 <= len(record["epoch_metrics"]["val_f1"]) < 3
+    training_id = record["config"]["training_id"]
+    assert (tmp_path / "plots" / f"training_plot_{training_id}.png").exists()
+    assert (tmp_path / "checkpoints" / f"best_model_{training_id}.pth").exists()
+    done = run_script("train.py", "--resume", tmp_path / "checkpoints" / f"last_state_{training_id}.pth")
+    assert done.returncode == 0, done.stderr
+    (record,) = read_history(tmp_path)
+    assert record["stopped"] is None and len(record["epoch_metrics"]["val_f1"]) == 3
+
+
+def test_resume_takes_the_options_of_its_run_and_no_other_file(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "auto", "--epochs", "7"])
+    assert "--resume takes all options" in capsys.readouterr().err.splitlines()[-1]
+    checkpoint = next((finished[0] / "checkpoints").glob("best_model_*.pth"))
+    with pytest.raises(OSError, match="no unfinished run of this program"):
+        train.main(["--resume", str(checkpoint)])
 
 
 def test_other_programs_checkpoints_are_refused(finished, stars_dir, tmp_path):
@@ -322,7 +384,7 @@ def test_a_damaged_history_is_kept_under_another_name(tmp_path, capsys, content)
     path = tmp_path / "training_history.json"
     path.write_text(content, encoding="utf-8", errors="surrogateescape")
     damaged = path.read_bytes()
-    history.append_to_history(path, {"config": {"training_id": "20261123_120000"}})
+    history.put_into_history(path, {"config": {"training_id": "20261123_120000"}})
     kept = tmp_path / "training_history.damaged-20261123_120000.json"
     assert kept.read_bytes() == damaged and kept.name in capsys.readouterr().err
     assert read_history(tmp_path) == [{"config": {"training_id": "20261123_120000"}}]
@@ -332,7 +394,7 @@ def test_runs_of_other_programs_stay_in_the_history(tmp_path):
     """json.dump writes NaN where it should not, and readers of Python take it: so do we."""
     path = tmp_path / "training_history.json"
     path.write_text('[{"epoch_metrics": {"val_loss": [NaN]}}]')
-    history.append_to_history(path, {"config": {"training_id": "20261123_120000"}})
+    history.put_into_history(path, {"config": {"training_id": "20261123_120000"}})
     assert len(read_history(tmp_path)) == 2 and np.isnan(read_history(tmp_path)[0]["epoch_metrics"]["val_loss"][0])
 
 
@@ -360,14 +422,14 @@ def test_help_shows_defaults_and_examples():
 # The split
 
 
-def many_stars(per_class: int = 40) -> train.PreparedStars:
+def many_stars(per_class: int = 40) -> PreparedStars:
     rng = np.random.default_rng(0)
     stars = [
         Star(f"{name}-{i}", name, 1 + k, 52000, 1 + i, float(rng.uniform(0, 360)), float(rng.uniform(-60, 60)))
         for k, name in enumerate(data.CLASS_NAMES)
         for i in range(per_class)
     ]
-    return train.PreparedStars(stars, None, None, torch.tensor([data.CLASS_NAMES.index(s.subclass) for s in stars]))
+    return PreparedStars(stars, None, None, torch.tensor([data.CLASS_NAMES.index(s.subclass) for s in stars]))
 
 
 def test_split_is_stratified_complete_and_reproducible():
@@ -392,7 +454,7 @@ def test_no_star_stands_in_two_parts():
         for star in prepared.stars
         for visit in range(rng.integers(1, 5))
     ]
-    prepared = train.PreparedStars(stars, None, None, torch.tensor([data.CLASS_NAMES.index(s.subclass) for s in stars]))
+    prepared = PreparedStars(stars, None, None, torch.tensor([data.CLASS_NAMES.index(s.subclass) for s in stars]))
     for seed in range(5):
         splits = train.split_stars(prepared, 0.25, 0.1, seed)
         names = {part: {stars[i].name.split(",")[0] for i in indices} for part, indices in splits.items()}
@@ -412,7 +474,7 @@ def test_a_split_that_cannot_be_made_is_refused():
         train.split_stars(prepared, 0.5, 0.2, seed=0)
     prepared = many_stars(20)
     kept = np.array([i for i, star in enumerate(prepared.stars) if star.subclass != "M4" or star.fiberID <= 2])
-    few = train.PreparedStars([prepared.stars[i] for i in kept], None, None, prepared.targets[kept])
+    few = PreparedStars([prepared.stars[i] for i in kept], None, None, prepared.targets[kept])
     with pytest.raises(DataError, match="no M4 star in the train part"):
         train.split_stars(few, 0.9, 0.0, seed=0)
 
@@ -422,7 +484,7 @@ def test_a_split_that_cannot_be_made_is_refused():
 
 def test_scores_are_weighted_by_class_frequency():
     targets, predictions = np.array([0, 0, 0, 1, 1, 4]), np.array([0, 0, 1, 1, 2, 0])
-    scores = train.Evaluation(0.0, targets, predictions).scores()
+    scores = Evaluation(0.0, targets, predictions).scores()
     precision = {0: 2 / 3, 1: 1 / 2, 4: 0.0}
     recall = {0: 2 / 3, 1: 1 / 2, 4: 0.0}
     frequency = {0: 3 / 6, 1: 2 / 6, 4: 1 / 6}
@@ -442,9 +504,8 @@ def test_losses_are_averaged_over_stars_not_batches():
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     optimizer, scheduler = train.make_optimizer(model, 1e-30, epochs=10, steps_per_epoch=4)  # nothing moves
     optimizer.param_groups[0]["weight_decay"] = 0.0
-    loader = train.make_loader(prepared, np.arange(25), 8, shuffle_seed=0)
-    averaged = AveragedModel(model)
-    loss = train.train_one_epoch(engine, loader, optimizer, scheduler, averaged, "")
+    loader = train.TrainingLoader(prepared, np.arange(25), 8, seed=0, image_dropout=0.0).epoch(1)
+    loss = train.train_one_epoch(engine, loader, optimizer, scheduler, lambda: None, "")
     assert loss == pytest.approx(losses[0], abs=1e-5)
 
 
@@ -452,19 +513,24 @@ def test_interval_of_a_score_is_that_of_its_sampling():
     """Of 400 stars nine in ten are right: a fraction whose standard deviation is 0.015."""
     targets = np.arange(400) % 5
     predictions = np.where(np.arange(400) < 40, (targets + 1) % 5, targets)
-    low, high = train.Evaluation(0.0, targets, predictions).intervals()["accuracy"]
+    low, high = Evaluation(0.0, targets, predictions).intervals()["accuracy"]
     assert low == pytest.approx(0.9 - 1.96 * 0.015, abs=0.006) and high == pytest.approx(0.9 + 1.96 * 0.015, abs=0.006)
 
 
-def test_images_are_turned_and_mirrored_for_training_alone():
+def test_images_are_turned_mirrored_and_hidden_for_training_alone():
     image = torch.arange(3 * 4 * 4, dtype=torch.uint8).view(3, 4, 4)
     prepared = many_stars(40)._replace(images=image.expand(200, -1, -1, -1))
-    _, as_they_are, _ = next(iter(train.make_loader(prepared, np.arange(200), 200)))
-    assert (as_they_are == image).all()
-    _, turned, _ = next(iter(train.make_loader(prepared, np.arange(200), 200, shuffle_seed=0)))
+    batch = next(iter(train.make_loader(prepared, np.arange(200), 200)))
+    assert (batch.images == image).all() and batch.image_seen is None
+    loader = train.TrainingLoader(prepared, np.arange(200), 200, seed=0, image_dropout=0.3)
+    batch = next(iter(loader.epoch(1)))
     symmetries = [image.rot90(k, (1, 2)).flip(axes) for k in range(4) for axes in ((), (2,))]
-    counts = [sum(torch.equal(each, symmetry) for each in turned) for symmetry in symmetries]
+    counts = [sum(torch.equal(each, symmetry) for each in batch.images) for symmetry in symmetries]
     assert sum(counts) == 200 and min(counts) > 10
+    assert 120 <= batch.image_seen.sum() <= 160
+    other, again = (next(iter(loader.epoch(epoch))) for epoch in (2, 1))
+    assert not torch.equal(other.images, batch.images) and not torch.equal(other.targets, batch.targets)
+    assert all(torch.equal(one, two) for one, two in zip(again[1:], batch[1:], strict=True))
 
 
 def test_learning_rate_warms_up_then_falls_to_zero():
