@@ -289,8 +289,9 @@ def test_a_gpu_that_is_not_there_is_refused():
         train.choose_device("cuda")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(tmp_path):
-    prepared = many_stars(5)._replace(spectra=torch.full((25, data.SPECTRUM_LENGTH), torch.nan))
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "loss_sic", lambda _, fuse_logits, *rest, **options: fuse_logits.sum() * torch.nan)
+    prepared = many_stars(5)._replace(spectra=torch.rand(25, data.SPECTRUM_LENGTH))
     args = train.parse_arguments(["--modality", "spectrum", "--batch-size", "8", "--output-dir", str(tmp_path)])
     with pytest.raises(DataError, match="not finite in epoch 1.*--learning-rate"):
         train.train(args, prepared, {})
@@ -298,7 +299,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(tmp_pa
 
 
 def start_and_stop(signal_: int, after: str, *options: object) -> tuple[int, str, str]:
-    """Start training, send the signal as soon as a printed line begins with `after`; exit status and what it printed."""
+    """Start training, send the signal once a printed line begins with `after`; exit status and what it printed."""
     process = subprocess.Popen(command("train.py", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     printed = ""
     for line in process.stdout:
