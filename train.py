@@ -93,6 +93,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", dest="random_seed", type=number(int, 0, 2**32 - 1), default=42, help="of all that is drawn")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="compile the training step: a slow start, then quicker steps")
     add(
         "--num-workers",
         type=number(int, 0, 256),
@@ -385,6 +386,13 @@ def make_optimizer(
     return optimizer, LambdaLR(optimizer, rate)
 
 
+def running_mean(model: FusionModel, steps: int) -> tuple[FusionModel, Callable[[], None]]:
+    """A network whose weights are the running mean of the model's, and what takes the next step into it."""
+    averaged = copy.deepcopy(model)
+    update = get_ema_multi_avg_fn(decay=1 - 1 / max(1, AVERAGE_SPAN * steps))
+    return averaged, partial(update, list(averaged.parameters()), list(model.parameters()), None)
+
+
 def fit(
     engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], training: Training, paths: Paths
 ) -> None:
@@ -398,15 +406,14 @@ def fit(
     )
     val_loader = make_loader(prepared, splits["validation"], config["batch_size"])
     optimizer, scheduler = make_optimizer(model, config["learning_rate"], epochs, len(train_loader))
-    averaged = copy.deepcopy(model)
+    averaged, update_average = running_mean(model, steps=epochs * len(train_loader))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "scheduler": scheduler}
     for name, state in states.items():
         parts[name].load_state_dict(state)
-    decay = 1 - 1 / max(1, AVERAGE_SPAN * epochs * len(train_loader))
-    update_average = partial(
-        get_ema_multi_avg_fn(decay), list(averaged.parameters()), list(model.parameters()), None
-    )  # fmt: skip
-    trained, validated = engine._replace(model=distributed.share_gradients(model)), engine._replace(model=averaged)
+    network = distributed.share_gradients(model)
+    if training.options["compile"]:
+        network = torch.compile(network, mode="reduce-overhead" if engine.device.type == "cuda" else None)
+    trained, validated = engine._replace(model=network), engine._replace(model=averaged)
     # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
     stars = {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()}
     references = outliers.fit_references(make_loader(prepared, splits["train"], config["batch_size"]))
