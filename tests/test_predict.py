@@ -181,10 +181,14 @@ def test_what_is_missing_or_damaged_is_said_of_its_star(checkpoints, own_dir, tm
     rows = run_here(checkpoints["fusion"], own_dir, tmp_path / "p.csv")
     assert [row["problem"] for row in rows[:2]] == ["no image", "no spectrum"]
     assert str(damaged) in rows[2]["problem"] and "truncated" in rows[2]["problem"]
-    assert all(row["predicted_subclass"] == row["inputs"] == row["p_M0"] == row["unlikeness"] == "" for row in rows[:3])
-    assert all(row["predicted_subclass"] and not row["problem"] for row in rows[3:])
+    assert all(
+        row["predicted_subclass"] == row["inputs"] == row["p_M0"] == row["unlikeness"] == "" for row in rows[1:3]
+    )
+    # Training has shown it spectra without image, not the reverse.
+    assert rows[0]["inputs"] == "spectrum" and rows[0]["predicted_subclass"] and rows[0]["unlikeness"]
+    assert all(row["inputs"] == "spectrum+image" and not row["problem"] for row in rows[3:])
     printed = capsys.readouterr().out
-    assert "7 of them classified" in printed and "not classified: 1 (no image)" in printed
+    assert "8 of them classified" in printed and "not classified: 1 (no spectrum)" in printed
 
     # A network of one modality asks for nothing else.
     rows = run_here(checkpoints["image"], own_dir, tmp_path / "p.csv")
@@ -194,6 +198,7 @@ def test_what_is_missing_or_damaged_is_said_of_its_star(checkpoints, own_dir, tm
     rows = run_here(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
     assert [row["inputs"] for row in rows] == ["spectrum", "", "", *["spectrum"] * 7] and rows[0]["problem"] == ""
 
+    shutil.rmtree(own_dir / "spectra")
     with pytest.raises(DataError, match="none of its 10 stars can be classified: this network reads spectrum and im"):
         run_here(checkpoints["fusion"], own_dir, tmp_path / "none.csv")
     assert not (tmp_path / "none.csv").exists()
