@@ -61,7 +61,6 @@ AVERAGE_SPAN = 0.2  # of all steps: how far back the running mean of the weights
 BATCH_NORM_BATCHES = 4  # of training stars, from which those weights get the statistics of their batch norms
 SPECTRA_AT_ONCE = 1024  # in memory, when their mean is taken
 SIC_NEGATIVES = ("all", "other-classes")
-PATH_OPTIONS = ("data_dir", "output_dir")
 PARTS = {"validation": "which chose the checkpoint, so that their score flatters", "test": "which chose nothing"}
 
 DEMO_DIR = Path("demo")
@@ -432,26 +431,25 @@ def fit(
         scores = validation.scores()
         # Less than half a star apart is no difference; of equals the later has learned for longer.
         improved = scores["f1"] > max(curves["val_f1"], default=-1.0) - 0.5 / len(splits["validation"])
+        first = distributed.rank() == 0
+        if improved and first:  # before the record says so: Ctrl-C may come at any moment
+            with data.write_atomically(paths.checkpoint) as temporary:
+                save_checkpoint(temporary, averaged, epoch=epoch, config=config, splits=stars, references=references)
         curves["train_loss"].append(train_loss)
         curves["val_loss"].append(validation.loss)
         for name in ("accuracy", "precision", "recall", "f1"):
             curves[f"val_{name}"].append(scores[name])
         if improved:
             final["best_epoch"] = epoch
-        record["total_training_time_seconds"] += time.perf_counter() - started
-        if distributed.rank() == 0:
-            if improved:
-                with data.write_atomically(paths.checkpoint) as temporary:
-                    save_checkpoint(
-                        temporary, averaged, epoch=epoch, config=config, splits=stars, references=references
-                    )  # fmt: skip
-            if epoch < epochs and time.perf_counter() - state_saved >= training.options["state_interval"]:
-                training._replace(states={name: part.state_dict() for name, part in parts.items()}).save(paths.state)
-                state_saved = time.perf_counter()
+        elapsed = time.perf_counter() - started
+        record["total_training_time_seconds"] = round(record["total_training_time_seconds"] + elapsed, 1)
+        if first and epoch < epochs and time.perf_counter() - state_saved >= training.options["state_interval"]:
+            training._replace(states={name: part.state_dict() for name, part in parts.items()}).save(paths.state)
+            state_saved = time.perf_counter()
         print(
             f"{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {validation.loss:6.3f}  "
             f"accuracy {scores['accuracy']:.3f}  precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  "
-            f"F1 {scores['f1']:.3f}{'*' if improved else ' '}  {time.perf_counter() - started:5.1f} s",
+            f"F1 {scores['f1']:.3f}{'*' if improved else ' '}  {elapsed:5.1f} s",
             flush=True,
         )
 
@@ -507,7 +505,7 @@ def begin_training(
         "final_metrics": {},
         "total_training_time_seconds": 0.0,
     }
-    return Training(options, record, states={})
+    return Training(options, [star.spectrum_id for star in prepared.stars], record, states={})
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
@@ -642,7 +640,10 @@ def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training]:
             raise DataError(f"{args.output_dir / 'checkpoints'}: no unfinished run is kept in it")
         path = states[-1]
     unfinished = load_training(path)
-    options = {name: Path(value) if name in PATH_OPTIONS else value for name, value in unfinished.options.items()}
+    options = unfinished.options | {
+        "data_dir": Path(unfinished.options["data_dir"]),
+        "output_dir": path.parent.parent,  # which may have moved
+    }
     print(f"{path}: {len(unfinished.record['epoch_metrics']['train_loss'])} of {options['num_epochs']} epochs are done")
     return argparse.Namespace(**options), unfinished
 
@@ -660,10 +661,10 @@ def main(argv: list[str] | None = None) -> None:
         elif args.demo:
             simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
         prepared, not_used = read_stars(args.data_dir, args.modality, args.num_workers)
-        if unfinished and data.describe(prepared.stars) != unfinished.record["config"]["stars"]:
+        if unfinished and [star.spectrum_id for star in prepared.stars] != unfinished.stars:
             raise DataError(
-                f"{args.data_dir}: {data.describe(prepared.stars)} can be used; the run began with "
-                f"{unfinished.record['config']['stars']}, and goes on with these alone"
+                f"{args.data_dir}: these are not the {unfinished.record['config']['stars']} that the run began with, "
+                "and it can go on with these alone"
             )
         try:
             train(args, prepared, not_used, unfinished)
