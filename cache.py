@@ -30,7 +30,6 @@ import PIL
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import data
 from data import CLASS_NAMES, DataError, Star
@@ -314,7 +313,9 @@ def make_cache(
             path = stack.enter_context(data.write_atomically(array_path(directory, kind)))
             targets[kind] = Target(path, np.lib.format.open_memmap(path, "w+", dtype, (len(listed), *shape)).offset)
         for kind, rows in copies.items():
-            for start in tqdm(range(0, len(rows), COPIED_ROWS), desc=f"keeping {kind}", leave=False, disable=not rows):
+            for start in data.progress(
+                range(0, len(rows), COPIED_ROWS), desc=f"keeping {kind}", unit="block", disable=not rows
+            ):
                 old_rows, new_rows = np.array(rows[start : start + COPIED_ROWS]).T
                 for row, array in zip(new_rows, old.arrays[kind][old_rows].numpy(), strict=True):
                     targets[kind].write(row, array)
@@ -358,7 +359,7 @@ class Target(NamedTuple):
 
 def decode_files(tasks: list[Task], data_dir: Path, targets: dict[str, Target], num_workers: int) -> list[Finding]:
     decode = partial(decode_file, data_dir=data_dir, targets=targets)
-    progress = partial(tqdm, desc="reading the stars' files", unit="file", total=len(tasks), leave=False)
+    progress = partial(data.progress, desc="reading the stars' files", unit="file", total=len(tasks))
     if num_workers <= 1 or len(tasks) <= FEW_FILES:
         return [decode(task) for task in progress(tasks)]
     with ProcessPoolExecutor(num_workers) as pool:

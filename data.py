@@ -23,9 +23,9 @@ import sys
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from astropy import units
@@ -35,6 +35,7 @@ from astropy.utils.exceptions import AstropyWarning
 from PIL import Image, UnidentifiedImageError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from tqdm.auto import tqdm
 
 CLASS_NAMES = ("M0", "M1", "M2", "M3", "M4")
 
@@ -113,6 +114,26 @@ def number_between(kind: type[int] | type[float], low: float, high: float) -> Ca
 
 class ScriptHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help with every default, and the examples as they are written."""
+
+
+class _Lines(io.TextIOBase):
+    """What a progress bar writes, a line each time."""
+
+    def write(self, text: str) -> int:
+        if shown := text.strip():
+            sys.stderr.write(f"{shown}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
+    """A bar with rate and time left, gone at the end; where no terminal shows it move, a line every ten seconds."""
+    if not sys.stderr.isatty():
+        layout = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {remaining} left"
+        options |= {"file": _Lines(), "delay": 10, "mininterval": 10, "maxinterval": 30, "bar_format": layout}
+    return tqdm(iterable, leave=False, **options)
 
 
 def partial_path(path: Path) -> Path:

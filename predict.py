@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import data
 import outliers
@@ -175,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = choose_inputs(model, {"spectrum", "image"})
 
     rows, seen = [], []
-    with tqdm(total=len(stars), desc="classifying", unit="star", leave=False) as progress:
+    with data.progress(total=len(stars), desc="classifying", unit="star") as progress:
         for start in range(0, len(stars), BATCH_SIZE):  # batch by batch: a survey does not fit into memory
             batch = [read_files(args.data_dir, star, kinds) for star in stars[start : start + BATCH_SIZE]]
             rows += classify(model, checkpoint.get("references", {}), batch)

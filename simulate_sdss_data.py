@@ -32,7 +32,6 @@ from astropy.io import fits
 from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import cKDTree
-from tqdm.auto import tqdm
 
 import data
 from data import CLASS_NAMES, CUTOUT_SCALE, IMAGE_SIZE, PIXELS_PER_DEX, DataError, Star
@@ -452,7 +451,7 @@ def simulate(
     with whole_or_nothing(Path(directory)) as temporary:
         targets = draw_targets(np.random.default_rng(catalog_seed), per_class, boss_fraction, min_snr, max_snr)
         rows = []
-        for target, star_seed in zip(tqdm(targets, desc="simulating", unit="star"), star_seeds, strict=True):
+        for target, star_seed in zip(data.progress(targets, desc="simulating", unit="star"), star_seeds, strict=True):
             rows.append(write_star(temporary, target, np.random.default_rng(star_seed)))
         with open(data.catalog_path(temporary), "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")

@@ -33,7 +33,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from tqdm.auto import tqdm
 
 import data
 import distributed
@@ -295,7 +294,7 @@ class Engine(NamedTuple):
 
     def batches(self, loader: Iterable[Batch], description: str) -> Iterator[Batch]:
         """The loader's batches on the device, under a progress bar."""
-        for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=distributed.rank() > 0):
+        for batch in data.progress(loader, desc=description, unit="batch", disable=distributed.rank() > 0):
             yield batch.to(self.device)
 
     def autocast(self) -> torch.autocast:
