@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import data
 from data import CLASS_NAMES, CUTOUT_SCALE, DataError, Star
-from model import FusionModel
+from model import FusionModel, remove_continuum
 from predict import StarFiles, class_logits, classify, load_classifier, read_files
 from simulate_sdss_data import air_to_vacuum
 
@@ -104,12 +104,16 @@ def draw_observed(axes: Axes, entry: StarFiles) -> None:
 
 
 def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> None:
-    """The spectrum as the network gets it and, with one, the mean that it subtracts."""
-    axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
-    if model is not None and model.spec_encoder is not None:
+    """The spectrum as the network gets it and, with one, the mean that it subtracts, both without continuum."""
+    if model is None or model.spec_encoder is None:
+        axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
+        axes.set_ylabel("flux / median")
+    else:
+        flat = remove_continuum(entry.prepared["spectrum"][None])[0]
+        axes.plot(WAVELENGTH, flat, color="black", linewidth=0.5, label="what the network compares")
         mean = model.spectrum_mean.cpu()
-        axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.2, label="mean of the training stars")
-    axes.set_ylabel("flux / median")
+        axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.2, label="with the mean of the training stars")
+        axes.set_ylabel("flux / median, less its cubic")
     axes.legend(loc="upper left", fontsize=8)
 
 
@@ -150,13 +154,15 @@ def occlusion_map(model: FusionModel, inputs: dict[str, torch.Tensor], predicted
 
     whole = {kind: values[None] for kind, values in inputs.items()}
     before = log_odds(whole)
+    spectrum = whole["spectrum"]
+    ordinary = spectrum - remove_continuum(spectrum) + model.spectrum_mean.cpu()  # this star's continuum, mean bands
     centres, losses = [], []
     for start in range(0, data.SPECTRUM_LENGTH - WINDOW + 1, STEP):
         piece = slice(start, start + WINDOW)
-        spectrum = whole["spectrum"].clone()
-        spectrum[:, piece] = model.spectrum_mean[piece].cpu()
+        occluded = spectrum.clone()
+        occluded[:, piece] = ordinary[:, piece]
         centres.append(WAVELENGTH[piece].mean())
-        losses.append((before - log_odds(whole | {"spectrum": spectrum})).item())
+        losses.append((before - log_odds(whole | {"spectrum": occluded})).item())
     return np.array(centres), np.array(losses)
 
 
