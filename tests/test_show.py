@@ -154,7 +154,7 @@ class TiOClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1))
-        self.spectrum_mean = torch.ones(data.SPECTRUM_LENGTH)
+        self.spectrum_mean = torch.zeros(data.SPECTRUM_LENGTH)  # stars without bands
         head = show_star.air_to_vacuum(7053)
         self.band = slice(*np.searchsorted(show_star.WAVELENGTH, (head, head + 60)))
 
@@ -164,8 +164,9 @@ class TiOClassifier(nn.Module):
 
 
 def test_the_occlusion_map_shows_the_band_that_decided():
-    spectrum = torch.full((data.SPECTRUM_LENGTH,), 0.4)
-    centres, losses = show_star.occlusion_map(TiOClassifier(), {"spectrum": spectrum}, predicted=0)
+    classifier, spectrum = TiOClassifier(), torch.ones(data.SPECTRUM_LENGTH)
+    spectrum[classifier.band] = 0.4
+    centres, losses = show_star.occlusion_map(classifier, {"spectrum": spectrum}, predicted=0)
     assert abs(centres[losses.argmax()] - 7085) < 60 and losses.max() == pytest.approx(0.6, abs=0.1)
     assert (np.abs(losses[np.abs(centres - 7085) > 250]) < 1e-6).all()
 
