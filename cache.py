@@ -54,7 +54,7 @@ class Finding(NamedTuple):
     final: bool = True  # False if the file could not be read: the next run tries again
     ra: float = math.nan  # degrees, as a spectrum states them
     dec: float = math.nan
-    simulated: bool = False  # as a spectrum states it
+    simulated: bool = False  # as the file states it
 
 
 class Entry(NamedTuple):
@@ -155,9 +155,10 @@ def check_star(
     missing = [NO_FILE[kind] for kind in kinds if files[kind] not in found]
     if missing:
         return CheckedStar(star, missing=", ".join(missing))
-    # A spectrum that is not wanted still tells where its star is, and whether it is simulated.
+    # A file that is not wanted still tells whether its star is simulated, and a spectrum where it is.
+    simulated = any(name in found and found[name].simulated for name in files.values())
+    star = star._replace(simulated=star.simulated or simulated)
     spectrum = found.get(files["spectra"], Finding())
-    star = star._replace(simulated=star.simulated or spectrum.simulated)
     if not (math.isfinite(star.ra) and math.isfinite(star.dec)):
         star = star._replace(ra=spectrum.ra, dec=spectrum.dec)
     damage = [f"{data_dir / files[kind]}: {found[files[kind]].damage}" for kind in kinds if found[files[kind]].damage]
@@ -322,7 +323,9 @@ def decode_file(task: Task, data_dir: Path, targets: dict[str, Target]) -> Findi
             finding = Finding(ra=spectrum.ra, dec=spectrum.dec, simulated=spectrum.simulated)
             array = data.prepare_spectrum(spectrum)
         else:
-            array = data.prepare_cutout(data.read_cutout(path))
+            cutout = data.read_cutout(path)
+            finding = Finding(simulated=cutout.simulated)
+            array = data.prepare_cutout(cutout.pixels)
     except DataError as error:
         damage = str(error).removeprefix(f"{path}: ")
         return finding._replace(damage=damage, final=not isinstance(error, data.UnreadableError))

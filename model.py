@@ -25,7 +25,7 @@ import torchvision
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from data import SPECTRUM_LENGTH
+from data import CLASS_NAMES, SPECTRUM_LENGTH
 
 # Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -47,6 +47,12 @@ ATTENTION_STD = 0.05  # of the weights of queries and keys
 # What torch.load raises on files that are damaged or something else.
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train.py wrote
+# What those who load one rely on; train.py writes it.
+CHECKPOINT_KEYS = {
+    "checkpoint": ("model_arguments", "model_state", "config", "splits", "epoch"),
+    "config": ("class_names", "modality", "stars", "batch_size", "sic_weight", "sic_negatives"),
+    "splits": ("train", "validation", "test"),
+}
 
 
 def remove_continuum(spectra: Tensor) -> Tensor:
@@ -290,16 +296,27 @@ def save_checkpoint(path: Path, model: FusionModel, **contents: Any) -> None:
 def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
     """The network of a checkpoint that train.py wrote, on the CPU and ready to evaluate, and all else that it holds.
 
-    Raises OSError for a file that is missing, damaged, or another program's.
+    Raises OSError for a file that is missing, damaged, another program's, of other classes or of other options.
     """
     checkpoint = _torch_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise OSError(f"{path}: not a checkpoint of this program (train.py writes them to checkpoints/)")
+    for name, keys in CHECKPOINT_KEYS.items():
+        part = checkpoint if name == "checkpoint" else checkpoint[name]
+        missing = [key for key in keys if not isinstance(part, dict) or key not in part]
+        if missing:
+            raise OSError(f"{path}: no {', '.join(missing)} in its {name}; another version of train.py wrote it")
+    class_names = checkpoint["config"]["class_names"]
+    if class_names != list(CLASS_NAMES):
+        raise OSError(f"{path}: made for other classes, {class_names}")
     try:
-        model = FusionModel(**checkpoint["model_arguments"])
+        # Its arguments must not name weights: they would be fetched, or read from anywhere.
+        model = FusionModel(**checkpoint["model_arguments"], image_weights=None)
         model.load_state_dict(checkpoint["model_state"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise OSError(f"{path}: its weights are not those of its network ({type(error).__name__})") from error
+    if model.classifier.out_features != len(CLASS_NAMES):
+        raise OSError(f"{path}: its network knows {model.classifier.out_features} classes, not {len(CLASS_NAMES)}")
     return model.eval(), checkpoint
 
 
