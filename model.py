@@ -13,6 +13,7 @@ load. The Transformer has the shape of ViLT (Kim et al. 2021), as theirs, built 
 import functools
 import http.client
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -323,7 +324,8 @@ def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
 def _torch_load(path: Path) -> Any:
     """Tensors and plain values only: nothing in the file is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of other programs' files; what follows says it in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise OSError(f"{path}: no such file") from None
     except _UNREADABLE as error:
