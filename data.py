@@ -397,7 +397,7 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
             (header, _), (table_header, table_start), *_ = _read_headers(content)
         table = np.frombuffer(content, _table_dtype(table_header), table_header["NAXIS2"], table_start)
         columns = {
-            name: np.asarray(table[name], dtype=dtype)
+            name: table[name].astype(dtype, casting="same_kind")  # from floating point alone
             for name, dtype in (("loglam", np.float64), ("flux", np.float32), ("ivar", np.float32))
         }
         wanted = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
