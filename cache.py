@@ -216,6 +216,9 @@ def open_cache(directory: Path) -> Cache | None:
         arrays = {kind: CachedArray(array_path(directory, kind)) for kind in ROWS}
         if index["preparation"] != preparation() or index["arrays"] != {kind: a.stamp for kind, a in arrays.items()}:
             return None
+        # What is mapped as another type would be taken for what it is not, pointers included.
+        if any((array.dtype, array.shape[1:]) != ROWS[kind] for kind, array in arrays.items()):
+            return None
         entries = {name: Entry(row, stamp, Finding(*found)) for name, (row, stamp, found) in index["entries"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # absent, or damaged
         return None
