@@ -397,9 +397,11 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
             (header, _), (table_header, table_start), *_ = _read_headers(content)
         table = np.frombuffer(content, _table_dtype(table_header), table_header["NAXIS2"], table_start)
         columns = {
-            name: table[name].astype(dtype, casting="same_kind")  # from floating point alone
+            name: np.asarray(table[name], dtype=dtype)
             for name, dtype in (("loglam", np.float64), ("flux", np.float32), ("ivar", np.float32))
         }
+        if any(table[name].dtype.kind != "f" for name in columns):
+            raise TypeError("loglam, flux or ivar is not of floating-point numbers")
         wanted = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
         stated = {key: header.get(key) for key in wanted}
         ra, dec = (float(header.get(key, "nan")) for key in ("PLUG_RA", "PLUG_DEC"))

@@ -190,6 +190,7 @@ SPECTRA: dict[str, tuple[bytes, str]] = {
     "no loglam": (make_spectrum(loglam=None), "not an SDSS spectrum"),
     "no flux": (make_spectrum(flux=None), "not an SDSS spectrum"),
     "no ivar": (make_spectrum(ivar=None), "not an SDSS spectrum"),
+    "flux as whole numbers": (WHOLE.replace(b"TFORM1  = 'E", b"TFORM1  = 'J"), "not of floating-point numbers"),
     "no rows": (make_spectrum(flux=[], loglam=[], ivar=[]), "is empty"),
     "all pixels bad": (make_spectrum(ivar=np.zeros(3840)), "only 0 of the 3522 pixels"),
     "flux of NaN": (make_spectrum(flux=np.full(3840, np.nan)), "only 0 of the 3522 pixels"),
