@@ -55,7 +55,7 @@ class Finding(NamedTuple):
     final: bool = True  # False if the file could not be read: the next run tries again
     ra: float = math.nan  # degrees, as a spectrum states them
     dec: float = math.nan
-    simulated: bool = False  # as a spectrum states it
+    simulated: bool = False  # as the file states it
 
 
 class Entry(NamedTuple):
@@ -156,9 +156,10 @@ def check_star(
     missing = [NO_FILE[kind] for kind in kinds if files[kind] not in found]
     if missing:
         return CheckedStar(star, missing=", ".join(missing))
-    # A spectrum that is not wanted still tells where its star is, and whether it is simulated.
+    # A file that is not wanted still tells whether its star is simulated, and a spectrum where it is.
+    simulated = any(name in found and found[name].simulated for name in files.values())
+    star = star._replace(simulated=star.simulated or simulated)
     spectrum = found.get(files["spectra"], Finding())
-    star = star._replace(simulated=star.simulated or spectrum.simulated)
     if not (math.isfinite(star.ra) and math.isfinite(star.dec)):
         star = star._replace(ra=spectrum.ra, dec=spectrum.dec)
     damage = [f"{data_dir / files[kind]}: {found[files[kind]].damage}" for kind in kinds if found[files[kind]].damage]
@@ -264,6 +265,9 @@ def open_cache(directory: Path) -> Cache | None:
         index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
         arrays = {kind: CachedArray(array_path(directory, kind)) for kind in ROWS}
         if index["preparation"] != preparation() or index["arrays"] != {kind: a.stamp for kind, a in arrays.items()}:
+            return None
+        # What is mapped as another type would be taken for what it is not, pointers included.
+        if any((array.dtype, array.shape[1:]) != ROWS[kind] for kind, array in arrays.items()):
             return None
         entries = {name: Entry(row, stamp, Finding(*found)) for name, (row, stamp, found) in index["entries"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # absent, or damaged
@@ -374,7 +378,9 @@ def decode_file(task: Task, data_dir: Path, targets: dict[str, Target]) -> Findi
             finding = Finding(ra=spectrum.ra, dec=spectrum.dec, simulated=spectrum.simulated)
             array = data.prepare_spectrum(spectrum)
         else:
-            array = data.prepare_cutout(data.read_cutout(path))
+            cutout = data.read_cutout(path)
+            finding = Finding(simulated=cutout.simulated)
+            array = data.prepare_cutout(cutout.pixels)
     except DataError as error:
         damage = str(error).removeprefix(f"{path}: ")
         return finding._replace(damage=damage, final=not isinstance(error, data.UnreadableError))

@@ -52,17 +52,22 @@ SCALED_FLUX_RANGE = (-1.0, 6.0)
 
 IMAGE_SIZE = 128  # pixels a side
 CUTOUT_SCALE = 0.2  # arcsec a pixel of a cutout: a field of 25.6″
-MAX_BLACK_FRACTION = 0.5  # a cutout from outside the footprint is black
+# A cutout from outside the footprint is black, and an error is text on one colour; the sky is nowhere without noise.
+MAX_FRACTION_OF_ONE_COLOUR = 0.5
+CUTOUT_SIZES = (64, 2048)  # pixels a side, the cutout service's own limits
 
-# No file of one star comes near these: a full BOSS spectrum has 3.2 MB, a 2048-pixel cutout 2 MB.
+SIMULATED_MARK = b"SIMULATED"  # in the JPEG comment of a cutout that simulate_sdss_data.py made
+
+# No file of one star comes near this: a full BOSS spectrum has 3.2 MB, a 2048-pixel cutout 2 MB.
 MAX_FILE_BYTES = 64 * 2**20
-MAX_CUTOUT_SIZE = 2048  # pixels a side, the cutout service's own limit
 
 _REQUIRED_COLUMNS = ("name", "subclass", "plate", "mjd", "fiberID")
 _IDENTIFIER_RANGES = {"plate": (1, 2**14 - 1), "mjd": (50_000, 50_000 + 2**14 - 1), "fiberID": (1, 2**12 - 1)}
 # A name becomes part of a file's name on any system: no separators, no leading dot, no wildcards.
-_SAFE_NAME = re.compile(r"\w[\w .+\-]{0,99}")
-_SPREADSHEET_NUMBER = re.compile(r"\d([.,]\d+)?[eE]\+?\d+")
+_SAFE_NAME = re.compile(r"\w[\w .+\-]*")
+_MAX_NAME_BYTES = 100  # file systems allow 255, of which ours take some
+# 3.07417E+17, or with all digits, of which a spreadsheet keeps 15
+_SPREADSHEET_NUMBER = re.compile(r"\d([.,]\d+)?[eE]\+?\d+|\d{14,17}000")
 _BOSS_SUBCLASS = re.compile(r"(M\d) \(\d+\)")  # "M1 (204445)": the class, and the star of the template
 
 # DR16 holds plates below the first number under run2d 26, and those from the second on as BOSS and eBOSS.
@@ -71,6 +76,7 @@ FIRST_BOSS_PLATE = 3523
 
 SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
 
+FITS_BLOCK = 2880  # bytes, of which the size of any FITS file is a multiple
 _FITS_TYPES = {"L": "i1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8", "A": "S1"}
 
 # What astropy and Pillow raise on files that are damaged or something else.
@@ -87,6 +93,10 @@ class DataError(ValueError):
 
 class UnreadableError(DataError):
     """A file is there, but the system does not let it be read; its content may be good."""
+
+
+class WrongFileError(DataError):
+    """A file is whole, but not what its name says."""
 
 
 def run_as_script(main: Callable[[], None]) -> None:
@@ -298,14 +308,15 @@ def _read_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, dic
 
 def _parse_row(cells: dict[str, str], subclass: str, where: str) -> Star:
     name = cells["name"]
-    if _SPREADSHEET_NUMBER.fullmatch(name):
+    if _SPREADSHEET_NUMBER.fullmatch(name) and not decode_spec_obj_id(name):
         raise DataError(
             f"{where}, column name: {name} is a specObjID rounded by a spreadsheet, its last digits are lost; "
             "export the catalogue again with this column formatted as text"
         )
-    if not _SAFE_NAME.fullmatch(name):
+    if not _SAFE_NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
         raise DataError(
-            f"{where}, column name: {name!r} cannot name a file (letters, digits, '_', '.', '+', '-', spaces)"
+            f"{where}, column name: {name[:_MAX_NAME_BYTES]!r} cannot name a file (letters, digits, '_', '.', '+', "
+            f"'-', spaces; at most {_MAX_NAME_BYTES} bytes)"
         )
     return Star(
         name=name,
@@ -392,13 +403,16 @@ class Spectrum(NamedTuple):
 
 
 def read_spectrum(path: Path, star: Star) -> Spectrum:
-    """Read and check an SDSS spectrum (full or lite). Raises DataError if it is damaged or another star's.
+    """Read and check an SDSS spectrum (full or lite). Raises DataError if it is damaged, WrongFileError if it is
+    another star's.
 
-    Of PLATEID, MJD and FIBERID, those in the header must be the star's.
+    FITS files of SDSS carry no checksum: a value that was changed into another possible one is not noticed.
     """
     content = _read_bytes(path)
     if not content.startswith(b"SIMPLE  ="):
         raise DataError(f"{path}: not a FITS file (it begins with {content[:20]!r})")
+    if len(content) % FITS_BLOCK:
+        raise DataError(f"{path}: the file is truncated; delete it and download it again")
     try:
         with warnings.catch_warnings(action="ignore", category=AstropyWarning):
             (header, _), (table_header, table_start), *_ = _read_headers(content)
@@ -407,8 +421,10 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
             name: np.asarray(table[name], dtype=dtype)
             for name, dtype in (("loglam", np.float64), ("flux", np.float32), ("ivar", np.float32))
         }
+        if any(table[name].dtype.kind != "f" for name in columns):
+            raise TypeError("loglam, flux or ivar is not of floating-point numbers")
         wanted = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
-        stated = {key: header[key] for key in wanted if key in header}
+        stated = {key: header.get(key) for key in wanted}
         ra, dec = (float(header.get(key, "nan")) for key in ("PLUG_RA", "PLUG_DEC"))
         simulated = bool(header.get("SIMULATD", False))
     except EOFError:
@@ -418,8 +434,8 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
 
     if not (0 <= ra <= 360 and -90 <= dec <= 90):
         ra = dec = float("nan")
-    if stated != {key: wanted[key] for key in stated}:
-        raise DataError(f"{path}: holds the spectrum of another star ({stated}, not {wanted})")
+    if stated != wanted:
+        raise WrongFileError(f"{path}: holds the spectrum of another star ({stated}, not {wanted})")
     if any(column.ndim != 1 or not column.size for column in columns.values()):
         raise DataError(f"{path}: its table of loglam, flux and ivar is empty or not one-dimensional")
     if not np.isfinite(columns["loglam"]).all() or (np.diff(columns["loglam"]) <= 0).any():
@@ -462,31 +478,46 @@ def _table_dtype(header: fits.Header) -> np.dtype:
     return row
 
 
-def read_cutout(path: Path, size: int | None = None) -> np.ndarray:
-    """Read and check a JPEG cutout: (height, width, 3) uint8, RGB, square, `size` pixels a side if given.
+class Cutout(NamedTuple):
+    pixels: np.ndarray  # (height, width, 3) uint8, RGB
+    simulated: bool  # made by simulate_sdss_data.py
 
-    Raises DataError if it is damaged, no colour JPEG, of another size, or a black tile (outside the footprint).
+
+def read_cutout(path: Path, size: int | None = None) -> Cutout:
+    """Read and check a JPEG cutout: square, in colour, `size` pixels a side if given.
+
+    Raises DataError if it is damaged, WrongFileError if it is no colour JPEG, of another size, or blank (outside the
+    footprint). JPEG files carry no checksum: a change that leaves a picture is not noticed.
     """
     content = _read_bytes(path)
+    least, most = CUTOUT_SIZES
     try:
-        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
-            if image.mode != "RGB" or image.width != image.height or not 1 <= image.width <= MAX_CUTOUT_SIZE:
-                raise DataError(f"{path}: not a square colour cutout ({image.width}×{image.height}, mode {image.mode})")
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # the size is checked
+            image = Image.open(io.BytesIO(content), formats=["JPEG"])
+        with image:
+            if image.mode != "RGB" or image.width != image.height or not least <= image.width <= most:
+                raise WrongFileError(
+                    f"{path}: not a square colour cutout of {least} to {most} pixels a side "
+                    f"({image.width}×{image.height}, mode {image.mode})"
+                )
             if size is not None and image.width != size:
-                raise DataError(f"{path}: {image.width}×{image.height} pixels where {size}×{size} were asked for")
+                raise WrongFileError(f"{path}: {image.width}×{image.height} pixels where {size}×{size} were asked for")
             pixels = np.asarray(image)
+            simulated = SIMULATED_MARK in image.info.get("comment", b"")
     except UnidentifiedImageError:
         raise DataError(f"{path}: not a JPEG image") from None
     except DataError:
         raise
     except _JPEG_ERRORS as error:
         raise DataError(f"{path}: a damaged JPEG image ({_first_line(error)})") from error
-    red, green, blue = np.moveaxis(pixels, 2, 0)
-    if ((red | green | blue) == 0).mean() > MAX_BLACK_FRACTION:
-        raise DataError(
-            f"{path}: a black tile: the star lies outside the imaging footprint, or the server drew an error"
+    # A colour that fills more than half of the pixels is the median of each channel.
+    colour = np.median(pixels, axis=(0, 1))
+    if (pixels == colour).all(axis=2).mean() > MAX_FRACTION_OF_ONE_COLOUR:
+        kind = "blank" if colour.any() else "black"
+        raise WrongFileError(
+            f"{path}: a {kind} tile: the star lies outside the imaging footprint, or the server drew an error"
         )
-    return pixels
+    return Cutout(pixels, simulated)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -517,11 +548,12 @@ def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:
     the window is bad or there is no flux in it, naming the file.
     """
     position = spectrum.loglam * PIXELS_PER_DEX
-    pixel = np.rint(position)
-    if np.abs(position - pixel).max() > 0.1:  # float32 loglam is good to 0.005 pixel
+    pixel = np.rint(position[0]) + np.arange(len(position))
+    if not np.abs(position - pixel).max() < 0.1:  # float32 loglam is good to 0.005 pixel
         raise DataError(f"{spectrum.path}: its wavelengths are not on the SDSS grid (loglam in steps of 1e-4)")
-    index = pixel.astype(np.int64) - FIRST_PIXEL
-    good = (index >= 0) & (index < SPECTRUM_LENGTH) & np.isfinite(spectrum.flux) & (spectrum.ivar > 0)
+    index = pixel - FIRST_PIXEL
+    good = (index >= 0) & (index < SPECTRUM_LENGTH) & np.isfinite(spectrum.flux)
+    good &= np.isfinite(spectrum.ivar) & (spectrum.ivar > 0)
     if good.sum() < MIN_GOOD_FRACTION * SPECTRUM_LENGTH:
         raise DataError(
             f"{spectrum.path}: only {good.sum()} of the {SPECTRUM_LENGTH} pixels between 4000 and 9000 Å are good"
@@ -548,4 +580,4 @@ def load_spectrum(data_dir: Path, star: Star) -> np.ndarray:
 
 def load_cutout(data_dir: Path, star: Star) -> np.ndarray:
     """A star's prepared cutout, (3, 128, 128) uint8, from its file. Raises DataError, naming the file."""
-    return prepare_cutout(read_cutout(cutout_path(data_dir, star)))
+    return prepare_cutout(read_cutout(cutout_path(data_dir, star)).pixels)

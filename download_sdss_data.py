@@ -27,9 +27,12 @@ import argparse
 import contextlib
 import csv
 import html
+import http.client
+import io
 import math
 import queue
 import re
+import socket
 import sys
 import threading
 import time
@@ -38,13 +41,12 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode, urljoin, urlsplit
 
 import numpy as np
 import requests
 import urllib3
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 import data
 from data import CLASS_NAMES, CUTOUT_SCALE, DataError, Spectrum, Star
@@ -56,8 +58,6 @@ SKYSERVER_URL = "https://skyserver.sdss.org/dr16/SkyServerWS"
 SDSS_RUN2D = ("26", "104", "103")
 BOSS_RUN2D = "v5_13_0"
 
-MIN_CUTOUT_SIZE = 64  # the service clips smaller ones in silence, like those above data.MAX_CUTOUT_SIZE
-
 HEADERS = {
     "User-Agent": f"m-star-classification/1.0 ({requests.utils.default_user_agent()})",
     "Accept-Encoding": "identity",  # the archive's bytes as they are, and no small answer that unpacks to a huge one
@@ -65,8 +65,11 @@ HEADERS = {
 PASSING_STATUSES = frozenset({408, 429, *range(500, 600)})  # asked again; every other refusal is for good
 LONGEST_WAIT = 60  # times --backoff, of our own accord
 LONGEST_RETRY_AFTER = 600  # times --backoff, if the server asks for it
-LONGEST_BODY = 10  # times --timeout, for a body that keeps trickling in
+LONGEST_ANSWER = 10  # times --timeout, for an answer that keeps trickling in
 MAX_REDIRECTS = 5
+BELIEVED_ANSWERS = 2  # a black tile or another star's file may be a passing error; a second one is the answer
+# A server is given up when so many files in a row, each after all its attempts, could not be had for a passing fault.
+HOPELESS_FILES = 8
 CHUNK_BYTES = 2**16
 
 # The stars of one class. SpecObj holds the best spectrum of each object; BOSS's subclasses (run2d v5_*) are names of
@@ -97,10 +100,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=data.ScriptHelp,
     )
     add = parser.add_argument
-    size, positive = (
-        data.number_between(int, MIN_CUTOUT_SIZE, data.MAX_CUTOUT_SIZE),
-        data.number_between(float, 1e-3, 1e3),
-    )
+    # The service clips other sizes in silence.
+    size, positive = data.number_between(int, *data.CUTOUT_SIZES), data.number_between(float, 1e-3, 1e3)
     add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, gets spectra/ and images/")
     add(
         "--workers",
@@ -130,7 +131,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--backoff", type=positive, default=1.0, metavar="S",
         help=f"seconds to the first retry, doubled at each further one up to {LONGEST_WAIT} times this")  # fmt: skip
     add("--timeout", type=positive, default=30.0, metavar="S",
-        help=f"longest silence of a server in seconds; a whole file or query may take {LONGEST_BODY}-fold")  # fmt: skip
+        help=f"longest silence of a server in seconds; a whole answer may take {LONGEST_ANSWER}-fold")  # fmt: skip
     add("--sas-url", type=_http_url, default=SAS_URL, metavar="URL", help="archive of the spectra, or a mirror of it")
     add("--skyserver-url", type=_http_url, default=SKYSERVER_URL, metavar="URL", help="cutouts, queries, or a mirror")
     args = parser.parse_args(argv)
@@ -216,7 +217,7 @@ def survey_files(stars: list[Star], args: argparse.Namespace) -> tuple[set[Path]
     there: set[Path] = set()
     missing: dict[Path, File] = {}  # by path: rows of one name and class share their cutout
     other_sizes = 0
-    for star in tqdm(stars, desc="checking files", unit="star", leave=False):
+    for star in data.progress(stars, desc="checking files", unit="star"):
         spectrum, file = None, spectrum_file(star, args)
         try:
             spectrum = data.read_spectrum(file.path, star)
@@ -225,7 +226,7 @@ def survey_files(stars: list[Star], args: argparse.Namespace) -> tuple[set[Path]
             missing[file.path] = file
         file = cutout_file(star, spectrum, args)
         try:
-            other_sizes += len(data.read_cutout(file.path)) != args.image_size
+            other_sizes += len(data.read_cutout(file.path).pixels) != args.image_size
             there.add(file.path)
         except DataError:
             if file.path not in missing or not missing[file.path].urls:  # the first row that knows the position
@@ -241,12 +242,18 @@ def survey_files(stars: list[Star], args: argparse.Namespace) -> tuple[set[Path]
 
 
 class FetchError(Exception):
-    """Why a file was not got; `status` is the HTTP status if that is the reason, else 0."""
+    """Why a file was not got; `status` is the HTTP status if that is the reason, else 0; `wrong_file`: a whole file
+    came, but not the one that is wanted."""
 
-    def __init__(self, reason: str, status: int = 0, retry_after: str = "") -> None:
+    def __init__(self, reason: str, status: int = 0, retry_after: str = "", *, wrong_file: bool = False) -> None:
         super().__init__(" ".join(reason.split())[:500])  # part of it may be the server's text
         self.status = status
         self.retry_after = retry_after
+        self.wrong_file = wrong_file
+
+    @property
+    def may_pass(self) -> bool:
+        return self.status in (0, *PASSING_STATUSES) and not self.wrong_file
 
 
 def waiting_time(attempt: int, backoff: float, retry_after: str = "") -> float:
@@ -274,23 +281,88 @@ class Pacer:
         time.sleep(max(0.0, turn - time.monotonic()))
 
 
+# An answer is bounded in size and time where its bytes come in, headers and chunk sizes included: `timeout` alone
+# counts each silence anew, in which a server may send the next byte of its headers for ever.
+
+
+class BoundedReader(io.RawIOBase):
+    """What a socket receives of one answer."""
+
+    def __init__(self, received: io.RawIOBase, seconds: float) -> None:
+        self.received = received
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
+        self.bytes_left = data.MAX_FILE_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int | None:
+        if time.monotonic() > self.deadline:
+            raise FetchError(f"not whole after {self.seconds:g} s")
+        count = self.received.readinto(buffer)
+        self.bytes_left -= count or 0
+        if self.bytes_left < 0:
+            reason = f"more than {data.MAX_FILE_BYTES} bytes, too many for a file of one star"
+            raise FetchError(reason, wrong_file=True)
+        return count
+
+    def close(self) -> None:
+        self.received.close()
+        super().close()
+
+
+class BoundedResponse(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(BoundedReader(self.fp.detach(), LONGEST_ANSWER * sock.gettimeout()))
+
+
+class BoundedHTTPConnection(urllib3.connection.HTTPConnection):
+    response_class = BoundedResponse
+
+
+class BoundedHTTPSConnection(urllib3.connection.HTTPSConnection):
+    response_class = BoundedResponse
+
+
+class BoundedAdapter(requests.adapters.HTTPAdapter):
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> urllib3.HTTPConnectionPool:
+        pool = super().get_connection_with_tls_context(*args, **options)
+        pool.ConnectionCls = BoundedHTTPSConnection if pool.scheme == "https" else BoundedHTTPConnection
+        return pool
+
+
+class Session(requests.Session):
+    """Keeps its connections, bounds its answers, and is not led from https to an address without encryption."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headers.update(HEADERS)
+        self.max_redirects = MAX_REDIRECTS
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, BoundedAdapter())
+
+    def get_redirect_target(self, response: requests.Response) -> str | None:
+        target = super().get_redirect_target(response)
+        if target is not None:
+            response.close()  # requests would read and unpack its body first, a small one that becomes a huge one, too
+            if response.url.startswith("https:") and not urljoin(response.url, target).startswith("https:"):
+                raise FetchError("redirected from https to an address without encryption", response.status_code)
+        return target
+
+
 def get(session: requests.Session, url: str, timeout: float, *, read_errors: bool = False) -> bytes:
     """The whole body of a GET, bounded in size and time. Raises FetchError, with an error page's words if asked to."""
-    deadline = time.monotonic() + LONGEST_BODY * timeout
     body = bytearray()
     try:
         # An error leaves the block, which closes the connection: an error page is not read unless it is asked for.
         with session.get(url, stream=True, timeout=timeout) as response:
             while response.status_code == 200 or read_errors:
-                # read1 gives what has come so far; iter_content would wait for a full chunk and miss the deadline.
-                chunk = response.raw.read1(CHUNK_BYTES, decode_content=True)
+                # Nothing is unpacked: we ask for the bytes as they are, and a few can unpack to more than fits.
+                chunk = response.raw.read(CHUNK_BYTES, decode_content=False)
                 if not chunk:
                     break
                 body += chunk
-                if len(body) > data.MAX_FILE_BYTES:
-                    raise FetchError(f"more than {data.MAX_FILE_BYTES} bytes, too many for a file of one star")
-                if time.monotonic() > deadline:
-                    raise FetchError(f"not whole after {LONGEST_BODY * timeout:g} s")
             if response.status_code != 200:
                 reason = f"HTTP {response.status_code} {response.reason or ''} {page_text(bytes(body))}"
                 raise FetchError(reason, response.status_code, response.headers.get("Retry-After", ""))
@@ -314,12 +386,14 @@ def retry(fetch: Callable[[], Any], args: argparse.Namespace) -> Any:
     """What `fetch` returns, after further attempts if it raises a FetchError that may pass."""
     # One loop for every passing fault, in place of urllib3's retries: it covers broken and useless bodies
     # too, lets the pacer count each attempt, and does not read error pages to their end as they do.
+    wrong_files = 0
     for attempt in range(args.retries + 1):
         try:
             return fetch()
         except FetchError as error:
             failure = error
-        if failure.status not in (0, *PASSING_STATUSES):
+        wrong_files += failure.wrong_file
+        if wrong_files == BELIEVED_ANSWERS or not (failure.may_pass or failure.wrong_file):
             break
         if attempt < args.retries:
             time.sleep(waiting_time(attempt, args.backoff, failure.retry_after))
@@ -338,9 +412,11 @@ class Downloader:
         self.spectra = deque(file for file in files if file.kind == "spectrum")
         self.cutouts: deque[File] = deque()
         self.waiting: dict[Path, File] = {}  # cutouts whose position comes with a spectrum, by the spectrum's path
-        self.results: queue.SimpleQueue[tuple[File, str | None] | BaseException] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[tuple[File, str | None] | Exception] = queue.SimpleQueue()
         self.pacer = Pacer(args.image_rate)
         self.writing = threading.Lock()
+        self.counting = threading.Lock()
+        self.failed_in_a_row = Counter(spectrum=0, cutout=0)
         to_come = {file.path for file in self.spectra}
         for file in files:
             spectrum_path = data.spectrum_path(args.data_dir, file.star)
@@ -362,15 +438,13 @@ class Downloader:
 
     def _work(self, cutouts_first: bool) -> None:
         try:
-            with requests.Session() as session:
-                session.headers.update(HEADERS)
-                session.max_redirects = MAX_REDIRECTS
+            with Session() as session:
                 while file := self._next(cutouts_first):
                     content, reason = self._fetch(session, file)
                     if file.path in self.waiting:
                         self.cutouts.append(cutout_file(file.star, content, self.args))
                     self.results.put((file, reason))
-        except BaseException as error:  # nothing is swallowed: the main thread raises it
+        except Exception as error:  # nothing is swallowed: the main thread raises it
             self.results.put(error)
 
     def _next(self, cutouts_first: bool) -> File | None:
@@ -384,13 +458,24 @@ class Downloader:
         """Fetch a file from the first of its URLs that has it; returns (content, None) or (None, reason)."""
         reason = "no position: neither ra, dec in the catalogue nor PLUG_RA, PLUG_DEC in a spectrum"
         for url in file.urls:
+            if self.failed_in_a_row[file.kind] >= HOPELESS_FILES:
+                return None, f"not asked for: the server gave none of the {HOPELESS_FILES} files before"
             try:
-                return self._fetch_from(url, session, file), None
+                content = self._fetch_from(url, session, file)
+                self._count(file.kind, failed=False)
+                return content, None
             except FetchError as error:
+                self._count(file.kind, failed=error.may_pass)
                 reason = str(error)
                 if error.status != 404:
                     break
         return None, reason
+
+    def _count(self, kind: str, *, failed: bool) -> None:
+        with self.counting:
+            # A server that has been given up stays so, whatever comes of what others have asked for.
+            if self.failed_in_a_row[kind] < HOPELESS_FILES:
+                self.failed_in_a_row[kind] = self.failed_in_a_row[kind] + 1 if failed else 0
 
     def _fetch_from(self, url: str, session: requests.Session, file: File) -> Spectrum | np.ndarray:
         def fetch() -> Spectrum | np.ndarray:
@@ -412,7 +497,8 @@ class Downloader:
                     return data.read_cutout(temporary, self.args.image_size)
                 except DataError as error:
                     # What follows a semicolon is advice to someone who has the file.
-                    raise FetchError(str(error).removeprefix(f"{temporary}: ").partition("; ")[0]) from None
+                    reason = str(error).removeprefix(f"{temporary}: ").partition("; ")[0]
+                    raise FetchError(reason, wrong_file=isinstance(error, data.WrongFileError)) from None
         except OSError as error:
             raise DataError(f"{file.path}: cannot be written ({error.strerror or error})") from error
 
@@ -424,10 +510,10 @@ def fetch_files(files: list[File], args: argparse.Namespace) -> list[tuple[File,
     downloader = Downloader(files, args)
     downloader.start()
     try:
-        with tqdm(total=len(files), desc="fetching", unit="file", disable=not files) as progress:
+        with data.progress(total=len(files), desc="fetching", unit="file", disable=not files) as progress:
             for _ in files:
                 result = downloader.results.get()
-                if isinstance(result, BaseException):
+                if isinstance(result, Exception):
                     raise result
                 file, reason = result
                 if reason:
@@ -456,7 +542,7 @@ def query_sdss(sql: str, session: requests.Session, args: argparse.Namespace) ->
     url = f"{args.skyserver_url}/SearchTools/SqlSearch?{urlencode({'cmd': sql, 'format': 'csv'})}"
 
     def fetch() -> list[list[str]]:
-        body = get(session, url, LONGEST_BODY * args.timeout, read_errors=True)
+        body = get(session, url, LONGEST_ANSWER * args.timeout, read_errors=True)
         lines = body.decode("utf-8", errors="replace").splitlines()
         if lines and lines[0].startswith("#"):  # "#Table1"
             del lines[0]
@@ -488,9 +574,8 @@ def write_catalog(args: argparse.Namespace) -> None:
             if there.exists():
                 raise DataError(f"{there} is there already, and --query replaces none; give another --data-dir")
         answers = []
-        with requests.Session() as session:
-            session.headers.update(HEADERS)
-            for subclass, sql in zip(CLASS_NAMES, tqdm(queries, desc="asking", unit="query", leave=False), strict=True):
+        with Session() as session:
+            for subclass, sql in zip(CLASS_NAMES, data.progress(queries, desc="asking", unit="query"), strict=True):
                 answers.append(query_sdss(sql, session, args)[: args.query])
                 if len(answers[-1]) < args.query:
                     raise DataError(

@@ -117,6 +117,8 @@ def put_into_history(path: Path, record: dict) -> None:
                     raise ValueError("not a list of runs")
             except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, no list
                 aside = path.with_name(f"{path.stem}.damaged-{record['config']['training_id']}{path.suffix}")
+                while aside.exists():
+                    aside = aside.with_stem(f"{aside.stem}_2")
                 path.rename(aside)
                 history = []
                 print(f"{path} is damaged ({error}); it is kept as {aside.name}, and a new one begins", file=sys.stderr)
@@ -124,7 +126,8 @@ def put_into_history(path: Path, record: dict) -> None:
         others = [run for run in history if run.get("config", {}).get("training_id") != training_id]
         with write_atomically(path) as temporary:
             text = json.dumps([*others, record], indent=2, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+            # A path that is not UTF-8 has lone surrogates, whose escapes are JSON's, too.
+            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def plot_training(path: Path, record: dict) -> None:

@@ -13,6 +13,7 @@ load. The Transformer has the shape of ViLT (Kim et al. 2021), as theirs, built 
 import functools
 import http.client
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,7 @@ import torchvision
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from data import SPECTRUM_LENGTH
+from data import CLASS_NAMES, SPECTRUM_LENGTH
 from distributed import gather_stars
 
 # Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
@@ -48,6 +49,12 @@ ATTENTION_STD = 0.05  # of the weights of queries and keys
 # What torch.load raises on files that are damaged or something else.
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train.py wrote
+# What those who load one rely on; train.py writes it.
+CHECKPOINT_KEYS = {
+    "checkpoint": ("model_arguments", "model_state", "config", "splits", "epoch"),
+    "config": ("class_names", "modality", "stars", "batch_size", "sic_weight", "sic_negatives"),
+    "splits": ("train", "validation", "test"),
+}
 
 
 def remove_continuum(spectra: Tensor) -> Tensor:
@@ -294,23 +301,35 @@ def save_checkpoint(path: Path, model: FusionModel, **contents: Any) -> None:
 def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
     """The network of a checkpoint that train.py wrote, on the CPU and ready to evaluate, and all else that it holds.
 
-    Raises OSError for a file that is missing, damaged, or another program's.
+    Raises OSError for a file that is missing, damaged, another program's, of other classes or of other options.
     """
     checkpoint = torch_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise OSError(f"{path}: not a checkpoint of this program (train.py writes them to checkpoints/)")
+    for name, keys in CHECKPOINT_KEYS.items():
+        part = checkpoint if name == "checkpoint" else checkpoint[name]
+        missing = [key for key in keys if not isinstance(part, dict) or key not in part]
+        if missing:
+            raise OSError(f"{path}: no {', '.join(missing)} in its {name}; another version of train.py wrote it")
+    class_names = checkpoint["config"]["class_names"]
+    if class_names != list(CLASS_NAMES):
+        raise OSError(f"{path}: made for other classes, {class_names}")
     try:
-        model = FusionModel(**checkpoint["model_arguments"])
+        # Its arguments must not name weights: they would be fetched, or read from anywhere.
+        model = FusionModel(**checkpoint["model_arguments"], image_weights=None)
         model.load_state_dict(checkpoint["model_state"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise OSError(f"{path}: its weights are not those of its network ({type(error).__name__})") from error
+    if model.classifier.out_features != len(CLASS_NAMES):
+        raise OSError(f"{path}: its network knows {model.classifier.out_features} classes, not {len(CLASS_NAMES)}")
     return model.eval(), checkpoint
 
 
 def torch_load(path: Path) -> Any:
     """Tensors and plain values only: nothing in the file is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of other programs' files; what follows says it in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise OSError(f"{path}: no such file") from None
     except _UNREADABLE as error:

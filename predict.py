@@ -61,8 +61,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def load_classifier(path: Path, device: torch.device) -> tuple[FusionModel, dict]:
     """The network of a checkpoint, ready on the device, and what else the checkpoint holds."""
     model, checkpoint = load_checkpoint(path)
-    if checkpoint["config"]["class_names"] != list(CLASS_NAMES):
-        raise DataError(f"{path}: made for other classes ({', '.join(checkpoint['config']['class_names'])})")
     return model.to(device, memory_format=torch.channels_last), checkpoint
 
 
@@ -101,7 +99,8 @@ def read_files(data_dir: Path, star: Star, kinds: tuple[str, ...] = ("spectrum",
         problems["spectrum"] = str(error)
     try:
         if "image" in kinds and (path := data.find_cutout(data_dir, star)):
-            pixels = data.read_cutout(path)
+            pixels, simulated = data.read_cutout(path)
+            star = star._replace(simulated=star.simulated or simulated)
             prepared["image"] = torch.from_numpy(data.prepare_cutout(pixels))
         else:
             problems["image"] = "no image"

@@ -34,9 +34,9 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import cKDTree
 
 import data
-from data import CLASS_NAMES, CUTOUT_SCALE, IMAGE_SIZE, PIXELS_PER_DEX, DataError, Star
+from data import CLASS_NAMES, CUTOUT_SCALE, IMAGE_SIZE, PIXELS_PER_DEX, SIMULATED_MARK, DataError, Star
 
-NOTICE = "SIMULATED by simulate_sdss_data.py: not an observation, this star does not exist"
+NOTICE = f"{SIMULATED_MARK.decode()} by simulate_sdss_data.py: not an observation, this star does not exist"
 SPEED_OF_LIGHT = 299_792.458  # km/s
 
 # Physics of the star

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data import CLASS_NAMES
+
 ROOT = Path(__file__).resolve().parent.parent
 # Real SDSS spectra and templates, which are not part of this repository; tests that want them skip without.
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -21,3 +23,10 @@ def run_script(
     return subprocess.run(
         command(script, *arguments), cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
+
+
+def checkpoint_contents(modality: str) -> dict[str, object]:
+    """What a checkpoint holds besides the network, as after one epoch on no stars."""
+    config = {"class_names": list(CLASS_NAMES), "modality": modality, "stars": "0 stars", "batch_size": 2}
+    config |= {"sic_weight": 1.0, "sic_negatives": "all"}
+    return {"config": config, "splits": {"train": [], "validation": [], "test": []}, "epoch": 1}

@@ -8,6 +8,7 @@ about every request.
 
 import contextlib
 import csv
+import functools
 import io
 import re
 import socket
@@ -24,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 from astropy.io import fits
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from data import Star
 
@@ -35,9 +36,8 @@ SKYSERVER = "/dr16/SkyServerWS"
 # SDSS's files
 
 
-def make_spectrum_bytes(star: Star, extensions: int = 3) -> bytes:
+def make_spectrum_bytes(star: Star, extensions: int = 3, pixels: int = 3840) -> bytes:
     """A FITS file laid out as SDSS's lite ones; `extensions` > 3 adds exposures of 2048 pixels, as in the full ones."""
-    pixels = 3840
     random = np.random.default_rng(star.plate * 1000 + star.fiberID)
     loglam = (np.arange(pixels) + 35_800) * 1e-4
     flux = 10 + loglam + random.normal(0, 0.5, pixels)
@@ -52,8 +52,7 @@ def make_spectrum_bytes(star: Star, extensions: int = 3) -> bytes:
         fits.Column("model", "E", array=10 + loglam),
     ]
     primary = fits.PrimaryHDU()
-    position = {"RA": 151.5, "DEC": 0.0, "PLUG_RA": star.ra, "PLUG_DEC": star.dec}  # RA, DEC: the plate's centre
-    primary.header.update({"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID, **position})
+    primary.header.update({"RA": 151.5, "DEC": 0.0, **_identity(star)})  # RA, DEC: the plate's centre
     coadd = fits.BinTableHDU.from_columns(columns, name="COADD")
     row = [fits.Column("CLASS", "4A", array=["STAR"]), fits.Column("SUBCLASS", "2A", array=[star.subclass])]
     others = [fits.BinTableHDU.from_columns(row) for _ in range(2)]
@@ -62,6 +61,28 @@ def make_spectrum_bytes(star: Star, extensions: int = 3) -> bytes:
     content = io.BytesIO()
     fits.HDUList([primary, coadd, *others]).writeto(content)
     return content.getvalue()
+
+
+def _identity(star: Star) -> dict[str, float]:
+    return {
+        "PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID, "PLUG_RA": star.ra, "PLUG_DEC": star.dec
+    }  # fmt: skip
+
+
+_SMALL_STAR = Star("small", "M0", 266, 51630, 1, 146.0, -1.0)
+
+
+@functools.cache
+def _small_spectrum() -> bytes:
+    return make_spectrum_bytes(_SMALL_STAR, extensions=1, pixels=60)
+
+
+def make_small_spectrum_bytes(star: Star) -> bytes:
+    """A file of 60 pixels, made quickly, for tests of many stars."""
+    content = _small_spectrum()
+    for (key, there), value in zip(_identity(_SMALL_STAR).items(), _identity(star).values(), strict=True):
+        content = content.replace(fits.Card(key, there).image.encode(), fits.Card(key, value).image.encode())
+    return content
 
 
 def make_cutout_bytes(ra: float, dec: float, size: int = 128) -> bytes:
@@ -74,6 +95,13 @@ def make_cutout_bytes(ra: float, dec: float, size: int = 128) -> bytes:
 
 def make_black_tile(size: int = 128) -> bytes:
     return _jpeg(Image.new("RGB", (size, size)))
+
+
+def make_error_picture(size: int = 128) -> bytes:
+    """What some servers send in place of an error page: words on a white picture."""
+    image = Image.new("RGB", (size, size), "white")
+    ImageDraw.Draw(image).text((4, 4), "Requested field\nis not available", fill="black")
+    return _jpeg(image)
 
 
 def _jpeg(image: Image.Image) -> bytes:
@@ -94,6 +122,7 @@ class Answer:
     pause: float = 0.0  # seconds between any two bytes
     hang: float = 0.0  # seconds before anything is sent
     reset: bool = False  # the connection is reset in place of an answer
+    endless: tuple[bytes, bytes] | None = None  # these raw bytes in place of an answer; the second part for ever
 
 
 Fault = Callable[[Answer], Answer]  # makes a spoilt answer of the right one
@@ -120,6 +149,27 @@ def short(answer: Answer) -> Answer:
 
 def reset(answer: Answer) -> Answer:
     return Answer(reset=True)
+
+
+def cut_by_header(answer: Answer) -> Answer:
+    """A Content-Length below the bytes that come."""
+    return Answer(body=answer.body, headers={"Content-Length": str(len(answer.body) // 2)})
+
+
+def endless_headers(pause: float) -> Fault:
+    return lambda answer: Answer(endless=(b"HTTP/1.1 200 OK\r\nX-Wait: ", b"."), pause=pause)
+
+
+def endless_chunk_size(pause: float) -> Fault:
+    return lambda answer: Answer(endless=(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"), pause=pause)
+
+
+def endless_body(answer: Answer) -> Answer:
+    return Answer(endless=(b"HTTP/1.1 200 OK\r\n\r\n", bytes(2**16)))
+
+
+def endless_redirect(location: str) -> Fault:
+    return lambda answer: Answer(endless=(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\n\r\n".encode(), bytes(2**16)))
 
 
 def hang(seconds: float) -> Fault:
@@ -170,6 +220,11 @@ class SdssServer(ThreadingHTTPServer):
     @property
     def paths(self) -> list[str]:
         return [request.path for request in self.requests]
+
+    def add_small(self, star: Star, path: str) -> None:
+        """Serve a star's small spectrum at this path, and the cutout at its position."""
+        self.files[path] = make_small_spectrum_bytes(star)
+        self.footprint[f"{star.ra:.5f}", f"{star.dec:.5f}"] = star.ra, star.dec
 
     def add(self, star: Star, run2d: str = "26") -> None:
         """Serve a star's spectrum, lite and full, under `run2d`, and the cutout at its position."""
@@ -281,6 +336,14 @@ class _Handler(BaseHTTPRequestHandler):
         if answer.reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
+            return
+        if answer.endless is not None:
+            begin, piece = answer.endless
+            self.close_connection = True
+            self.wfile.write(begin)
+            while not self.server.closing.wait(answer.pause):
+                self.wfile.write(piece)
+                self.wfile.flush()
             return
         self.send_response(answer.status)
         for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():

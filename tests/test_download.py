@@ -152,7 +152,7 @@ def test_full_spectra(tmp_path, server):
     assert set(server.paths) == {old_path, boss_path, cutout_query(old, 64), cutout_query(boss, 64)}
     assert data.spectrum_path(tmp_path, old).read_bytes() == server.files[old_path]
     assert data.spectrum_path(tmp_path, boss).read_bytes() == server.files[boss_path]
-    assert len(data.read_cutout(data.cutout_path(tmp_path, old))) == 64
+    assert len(data.read_cutout(data.cutout_path(tmp_path, old)).pixels) == 64
 
 
 def test_the_position_comes_from_the_spectrum_where_the_catalogue_has_none(tmp_path, server):
@@ -309,8 +309,8 @@ def test_what_cannot_be_had_is_listed_with_the_true_reason(tmp_path, server):
 
     for path in (lite_path(gone), lite_path(unplaced), cutout_query(outside)):
         assert server.paths.count(path) == 1  # a 404 is an answer for good
-    for path in wrong:
-        assert server.paths.count(path) == 3
+    for path, answer in wrong.items():  # a page may pass, a whole file that comes twice is the answer
+        assert server.paths.count(path) == (3 if answer is html else 2)
     assert re.search(r"^all +9 +5 +4 +1$", output, re.MULTILINE)
     assert "     2 missing, spectrum: HTTP 404 Not Found" in output
     assert f"Files missing: 9, listed in {tmp_path / 'download_failures.csv'}." in output.splitlines()[-1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from common import checkpoint_contents
 from torch import nn
 
 from loss_sic import contrastive_loss, loss_sic
@@ -312,33 +313,33 @@ def test_imagenet_weights_that_cannot_be_had_name_the_remedy(weights_server, fau
 
 def test_checkpoint_holds_all_that_rebuilds_the_network(tmp_path):
     model = small_model(modality="spectrum", num_heads=4).eval()
-    save_checkpoint(tmp_path / "a.pth", model, epoch=3)
+    save_checkpoint(tmp_path / "a.pth", model, **checkpoint_contents("spectrum"))
     again, checkpoint = load_checkpoint(tmp_path / "a.pth")
     assert not again.training
     specs, _, _ = inputs(2)
-    assert checkpoint["epoch"] == 3
+    assert checkpoint["epoch"] == 1
     assert torch.equal(again(specs, None)[1], model(specs, None)[1])
     # Plain PyTorch reads it without executing anything.
     assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {
         "format",
         "model_arguments",
         "model_state",
-        "epoch",
+        *checkpoint_contents("spectrum"),
     }
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda checkpoint: checkpoint.pop("model_arguments"),
-        lambda checkpoint: checkpoint.pop("model_state"),
         lambda checkpoint: checkpoint["model_arguments"].update(depth=3),
+        lambda checkpoint: checkpoint["model_arguments"].update(image_weights="/etc/passwd"),
+        lambda checkpoint: checkpoint["model_arguments"].update(num_heads=7),
         lambda checkpoint: checkpoint["model_arguments"].update(hidden_size=256),
         lambda checkpoint: checkpoint["model_state"].popitem(),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, spoil):
-    save_checkpoint(tmp_path / "a.pth", small_model(modality="spectrum"))
+    save_checkpoint(tmp_path / "a.pth", small_model(modality="spectrum"), **checkpoint_contents("spectrum"))
     checkpoint = torch.load(tmp_path / "a.pth", weights_only=True)
     spoil(checkpoint)
     torch.save(checkpoint, tmp_path / "a.pth")

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from common import run_script
+from common import checkpoint_contents, run_script
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -45,8 +45,7 @@ def checkpoint(stars_dir, tmp_path_factory) -> Path:
     model.fit_normalisation(spectra)
     references = outliers.fit_references([(spectra, None, torch.zeros(len(spectra)))])
     path = tmp_path_factory.mktemp("checkpoint") / "a.pth"
-    config = {"class_names": list(data.CLASS_NAMES)}
-    save_checkpoint(path, model, config=config, splits={"train": [], "validation": []}, references=references)
+    save_checkpoint(path, model, **checkpoint_contents("spectrum"), references=references)
     return path
 
 
