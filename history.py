@@ -75,7 +75,9 @@ def load_training(path: Path) -> Training:
     """Raises OSError for a file that is missing, damaged, or another program's."""
     state = torch_load(path)
     if not isinstance(state, dict) or state.pop("format", None) != STATE_FORMAT:
-        raise OSError(f"{path}: no unfinished run of this program (train.py keeps them as {STATE_FILES})")
+        raise OSError(f"{path}: no unfinished run of this program (train.py keeps them as {STATE_FILES.format('ID')})")
+    if set(state) != set(Training._fields):
+        raise OSError(f"{path}: kept by another version of train.py, which alone can go on with it")
     return Training(**state)
 
 
