@@ -135,7 +135,7 @@ def test_an_image_of_sdss_does_not(tmp_path):
 
 def append_runs(path: Path, name: str, count: int) -> None:
     for number in range(count):
-        history.append_to_history(path, {"config": {"training_id": f"{name} {number}"}})
+        history.put_into_history(path, {"config": {"training_id": f"{name} {number}"}})
 
 
 def test_runs_that_end_at_once_all_stand_in_the_history(tmp_path):
@@ -155,7 +155,7 @@ def test_a_history_damaged_twice_is_kept_twice(tmp_path, capsys):
     path = tmp_path / "training_history.json"
     for content in ("first", "second"):
         path.write_text(content)
-        history.append_to_history(path, {"config": {"training_id": "1"}})
+        history.put_into_history(path, {"config": {"training_id": "1"}})
     kept = sorted(tmp_path.glob("training_history.damaged-*"))
     assert [file.read_text() for file in kept] == ["first", "second"]
     assert len(json.loads(path.read_text())) == 1
@@ -164,14 +164,14 @@ def test_a_history_damaged_twice_is_kept_twice(tmp_path, capsys):
 def test_a_path_that_is_not_utf_8_can_be_recorded(tmp_path):
     path, name = tmp_path / "training_history.json", os.fsdecode(b"\xe9toiles")
     for _ in range(2):
-        history.append_to_history(path, {"config": {"training_id": "1", "data_dir": name}})
+        history.put_into_history(path, {"config": {"training_id": "1", "data_dir": name}})
     assert [run["config"]["data_dir"] for run in json.loads(path.read_text(encoding="utf-8"))] == [name, name]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_disk_costs_no_earlier_file(tmp_path, monkeypatch, step):
     path = tmp_path / "training_history.json"
-    history.append_to_history(path, {"config": {"training_id": "1"}})
+    history.put_into_history(path, {"config": {"training_id": "1"}})
     before = path.read_bytes()
 
     def full(*arguments: object) -> None:
@@ -179,9 +179,9 @@ def test_a_full_disk_costs_no_earlier_file(tmp_path, monkeypatch, step):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(os, step, full)
-        history.append_to_history(path, {"config": {"training_id": "2"}})
+        history.put_into_history(path, {"config": {"training_id": "2"}})
     assert path.read_bytes() == before and not list(tmp_path.glob(".*partial*"))
-    history.append_to_history(path, {"config": {"training_id": "3"}})
+    history.put_into_history(path, {"config": {"training_id": "3"}})
     assert len(json.loads(path.read_text())) == 2
     with FileLock(tmp_path / ".training_history.json.lock", timeout=0):
         pass  # nobody was left holding it
