@@ -105,6 +105,12 @@ def claim_training_id(output_dir: Path, resumed: str | None = None) -> Iterator[
         attempt += 1
 
 
+def training_id_of(run: Any) -> str | None:
+    """None for what another program put into the history in another form."""
+    config = run.get("config") if isinstance(run, dict) else None
+    return config.get("training_id") if isinstance(config, dict) else None
+
+
 def put_into_history(path: Path, record: dict) -> None:
     """Append a run, or put it in the place of what was recorded of it before it was resumed.
 
@@ -124,8 +130,7 @@ def put_into_history(path: Path, record: dict) -> None:
                 path.rename(aside)
                 history = []
                 print(f"{path} is damaged ({error}); it is kept as {aside.name}, and a new one begins", file=sys.stderr)
-        training_id = record["config"]["training_id"]
-        others = [run for run in history if run.get("config", {}).get("training_id") != training_id]
+        others = [run for run in history if training_id_of(run) != training_id_of(record)]
         with write_atomically(path) as temporary:
             text = json.dumps([*others, record], indent=2, ensure_ascii=False)
             # A path that is not UTF-8 has lone surrogates, whose escapes are JSON's, too.

@@ -163,8 +163,8 @@ def test_a_history_damaged_twice_is_kept_twice(tmp_path, capsys):
 
 def test_a_path_that_is_not_utf_8_can_be_recorded(tmp_path):
     path, name = tmp_path / "training_history.json", os.fsdecode(b"\xe9toiles")
-    for _ in range(2):
-        history.put_into_history(path, {"config": {"training_id": "1", "data_dir": name}})
+    for training_id in "12":
+        history.put_into_history(path, {"config": {"training_id": training_id, "data_dir": name}})
     assert [run["config"]["data_dir"] for run in json.loads(path.read_text(encoding="utf-8"))] == [name, name]
 
 

@@ -394,9 +394,9 @@ def test_a_damaged_history_is_kept_under_another_name(tmp_path, capsys, content)
 def test_runs_of_other_programs_stay_in_the_history(tmp_path):
     """json.dump writes NaN where it should not, and readers of Python take it: so do we."""
     path = tmp_path / "training_history.json"
-    path.write_text('[{"epoch_metrics": {"val_loss": [NaN]}}]')
+    path.write_text('[{"epoch_metrics": {"val_loss": [NaN]}}, {"config": "none"}, "a note"]')
     history.put_into_history(path, {"config": {"training_id": "20261123_120000"}})
-    assert len(read_history(tmp_path)) == 2 and np.isnan(read_history(tmp_path)[0]["epoch_metrics"]["val_loss"][0])
+    assert len(read_history(tmp_path)) == 4 and np.isnan(read_history(tmp_path)[0]["epoch_metrics"]["val_loss"][0])
 
 
 def test_training_ids_of_one_second_differ(tmp_path, monkeypatch):
