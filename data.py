@@ -423,10 +423,11 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
         }
         if any(table[name].dtype.kind != "f" for name in columns):
             raise TypeError("loglam, flux or ivar is not of floating-point numbers")
-        wanted = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
-        stated = {key: header.get(key) for key in wanted}
+        check_identity(path, header, star)
         ra, dec = (float(header.get(key, "nan")) for key in ("PLUG_RA", "PLUG_DEC"))
         simulated = bool(header.get("SIMULATD", False))
+    except DataError:
+        raise
     except EOFError:
         raise DataError(f"{path}: the file is truncated; delete it and download it again") from None
     except _FITS_ERRORS as error:
@@ -434,13 +435,19 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
 
     if not (0 <= ra <= 360 and -90 <= dec <= 90):
         ra = dec = float("nan")
-    if stated != wanted:
-        raise WrongFileError(f"{path}: holds the spectrum of another star ({stated}, not {wanted})")
     if any(column.ndim != 1 or not column.size for column in columns.values()):
         raise DataError(f"{path}: its table of loglam, flux and ivar is empty or not one-dimensional")
     if not np.isfinite(columns["loglam"]).all() or (np.diff(columns["loglam"]) <= 0).any():
         raise DataError(f"{path}: its wavelengths do not increase from pixel to pixel")
     return Spectrum(**columns, ra=ra, dec=dec, simulated=simulated, path=path)
+
+
+def check_identity(path: Path, header: fits.Header, star: Star) -> None:
+    """Raise WrongFileError if this is the header of another star's spectrum."""
+    wanted = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
+    stated = {key: header.get(key) for key in wanted}
+    if stated != wanted:
+        raise WrongFileError(f"{path}: holds the spectrum of another star ({stated}, not {wanted})")
 
 
 # The headers are read by astropy, the rows by NumPy: astropy's own tables take four times as long, most of a run's

@@ -160,7 +160,7 @@ def test_other_objects_are_flagged_and_ordinary_stars_rarely(checkpoints, own_di
 def test_an_image_of_something_else_is_flagged(checkpoints, own_dir, tmp_path):
     y, x = np.mgrid[:128, :128] - 63.5
     radius = np.hypot(x, y) * data.CUTOUT_SCALE
-    profiles = (15 + 180 * np.exp(-radius / 4), np.full((128, 128), 255.0))  # a galaxy's disc, a bleeding star
+    profiles = (15 + 180 * np.exp(-radius / 4), 255 - radius)  # a galaxy's disc, a bleeding star
     changed = read_stars(own_dir)[:2]
     for star, profile in zip(changed, profiles, strict=True):
         pixels = np.repeat(profile[..., None], 3, axis=2).astype(np.uint8)
