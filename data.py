@@ -15,6 +15,7 @@ PLATE4/spec.html; specObjID, https://www.sdss.org/dr16/help/glossary/#specobj; t
 
 import argparse
 import contextlib
+import contextvars
 import csv
 import io
 import os
@@ -88,7 +89,10 @@ _JPEG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class DataError(ValueError):
-    """Something of the user's cannot be used; the message says what, in which file, and what to do."""
+    """Something of the user's cannot be used; the message says what, in which file, and what to do, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UnreadableError(DataError):
@@ -97,6 +101,11 @@ class UnreadableError(DataError):
 
 class WrongFileError(DataError):
     """A file is whole, but not what its name says."""
+
+
+def printable(text: str) -> str:
+    """The text with its line breaks and control characters, which could command a terminal, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_as_script(main: Callable[[], None]) -> None:
@@ -122,8 +131,37 @@ def number_between(kind: type[int] | type[float], low: float, high: float) -> Ca
     return number
 
 
-class ScriptHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help with every default, and the examples as they are written."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every default, and the examples as they are written."""
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """The options of a script whose docstring is, by paragraphs, a title, examples, and notes: all shown by --help."""
+
+    def __init__(self, docstring: str, **options: Any) -> None:
+        title, examples, *notes = docstring.strip().split("\n\n")
+        epilog = "\n\n".join([f"examples:\n{examples}", *notes])
+        super().__init__(description=title, epilog=epilog, formatter_class=_Help, **options)
+
+    def add_quiet(self) -> None:
+        self.add_argument("--quiet", action="store_true", help="print errors alone, and show no progress")
+
+
+_quiet = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quietly(quiet: bool = True) -> Iterator[None]:
+    """Inside, if `quiet`, nothing goes to the standard output and no progress is shown; errors come as ever."""
+    if not quiet:
+        yield
+        return
+    before = _quiet.set(True)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        _quiet.reset(before)
 
 
 class _Lines(io.TextIOBase):
@@ -140,8 +178,10 @@ class _Lines(io.TextIOBase):
 
 def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A bar with rate and time left, gone at the end; where no terminal shows it move, a line every ten seconds."""
+    if _quiet.get():
+        options["disable"] = True
     if not sys.stderr.isatty():
-        layout = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {remaining} left"
+        layout = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
         options |= {"file": _Lines(), "delay": 10, "mininterval": 10, "maxinterval": 30, "bar_format": layout}
     return tqdm(iterable, leave=False, **options)
 
@@ -253,7 +293,7 @@ def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Coun
         if subclass not in CLASS_NAMES and not labelled:
             subclass = ""
         elif subclass not in CLASS_NAMES:
-            left_out[f"subclass {subclass or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
+            left_out[f"subclass {printable(subclass) or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
             continue
         star = _parse_row(row, subclass, where)
         first = stars.setdefault(star.spectrum_id, star)

@@ -8,7 +8,6 @@ process, and nothing here does anything.
 """
 
 import contextlib
-import io
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -46,12 +45,6 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def only_first_prints() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()) if rank() else contextlib.nullcontext():
-        yield
 
 
 def gather_stars(values: Tensor) -> Tensor:

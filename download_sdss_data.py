@@ -91,14 +91,7 @@ FAILURE_COLUMNS = ("name", "subclass", "plate", "mjd", "fiberID", "file", "url",
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    title, examples, catalogs, more_examples, snr, *_ = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--data-dir DIR] [options]",
-        description=title,
-        epilog=f"examples:\n{examples}\n\nA valid file that is there is kept, whatever options it was fetched with.\n\n"
-        f"{catalogs}\n\n{more_examples}\n\n{snr}",
-        formatter_class=data.ScriptHelp,
-    )
+    parser = data.ScriptParser(__doc__, usage="%(prog)s [--data-dir DIR] [options]")
     add = parser.add_argument
     # The service clips other sizes in silence.
     size, positive = data.number_between(int, *data.CUTOUT_SIZES), data.number_between(float, 1e-3, 1e3)
@@ -134,6 +127,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"longest silence of a server in seconds; a whole answer may take {LONGEST_ANSWER}-fold")  # fmt: skip
     add("--sas-url", type=_http_url, default=SAS_URL, metavar="URL", help="archive of the spectra, or a mirror of it")
     add("--skyserver-url", type=_http_url, default=SKYSERVER_URL, metavar="URL", help="cutouts, queries, or a mirror")
+    parser.add_quiet()
     args = parser.parse_args(argv)
     if args.query is None and (args.min_snr, args.max_snr) != (None, None):
         parser.error("--min-snr and --max-snr choose stars for --query")
@@ -540,6 +534,7 @@ def catalog_sql(subclass: str, count: int, min_snr: float | None, max_snr: float
 def query_sdss(sql: str, session: requests.Session, args: argparse.Namespace) -> list[list[str]]:
     """The rows that answer a query. Raises DataError with SDSS's own words if it rejects the query."""
     url = f"{args.skyserver_url}/SearchTools/SqlSearch?{urlencode({'cmd': sql, 'format': 'csv'})}"
+    one_line = " ".join(sql.split())
 
     def fetch() -> list[list[str]]:
         body = get(session, url, LONGEST_ANSWER * args.timeout, read_errors=True)
@@ -550,7 +545,7 @@ def query_sdss(sql: str, session: requests.Session, args: argparse.Namespace) ->
         # A rejected query comes under status 200 too: as a page, or as a table of its own.
         if tuple(header) != CATALOG_COLUMNS:
             words = " ".join(lines[1:]) if "error_message" in header else page_text(body)
-            raise DataError(f"SDSS rejected the query: {words[:2000] or '(an empty answer)'}\nThe query was:\n{sql}")
+            raise DataError(f"SDSS rejected the query: {words[:2000] or '(an empty answer)'}; the query: {one_line}")
         if any(len(row) != len(CATALOG_COLUMNS) for row in rows):
             raise FetchError("an answer with a row cut short")
         return rows
@@ -558,7 +553,7 @@ def query_sdss(sql: str, session: requests.Session, args: argparse.Namespace) ->
     try:
         return retry(fetch, args)
     except FetchError as error:
-        raise DataError(f"SDSS gives no stars: {error}\nThe query was:\n{sql}") from None
+        raise DataError(f"SDSS gives no stars: {error}; the query: {one_line}") from None
 
 
 def write_catalog(args: argparse.Namespace) -> None:
@@ -655,11 +650,7 @@ def only_download_into(data_dir: Path) -> Iterator[None]:
         raise DataError(f"another download into {data_dir} is running; wait for its end") from None
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    if args.query:
-        write_catalog(args)
-        return
+def download(args: argparse.Namespace) -> None:
     stars = read_stars(args)
     with contextlib.nullcontext() if args.dry_run else only_download_into(args.data_dir):
         there, missing = survey_files(stars, args)
@@ -682,6 +673,15 @@ def main(argv: list[str] | None = None) -> None:
         "All files of these stars are there. Next: python train.py"
         + f" --data-dir {args.data_dir}" * (args.data_dir != Path("."))
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    with data.quietly(args.quiet):
+        if args.query:
+            write_catalog(args)
+        else:
+            download(args)
 
 
 if __name__ == "__main__":

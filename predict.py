@@ -42,12 +42,7 @@ COLUMNS = (
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    title, examples, *rest = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=title,
-        epilog="\n\n".join(["examples:\n" + examples, *rest]),
-        formatter_class=data.ScriptHelp,
-    )
+    parser = data.ScriptParser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
     add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, spectra/ and images/")
@@ -55,6 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--least-certain", type=data.number_between(int, 0, 1000), default=5, metavar="N",
         help="print the command that draws the N stars whose predicted subclass is least probable")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    parser.add_quiet()
     return parser.parse_args(argv)
 
 
@@ -163,8 +159,7 @@ def report(rows: list[dict], stars: list[Star], output: Path) -> None:
         print(f"  and for {len(problems) - 10} other reasons, in the column problem")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def classify_catalog(args: argparse.Namespace) -> None:
     data.refuse_foreign_file(args.output, ",".join(COLUMNS))
     stars, left_out = data.read_catalog(data.catalog_path(args.data_dir), labelled=False)
     for reason, count in left_out.items():
@@ -199,6 +194,12 @@ def main(argv: list[str] | None = None) -> None:
         names = [row["name"] for row in uncertain]
         options = ["--data-dir", str(args.data_dir), "--checkpoint", str(args.checkpoint)]
         print("See the least certain:\n" + shlex.join(["python", "show_star.py", *names, *options]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    with data.quietly(args.quiet):
+        classify_catalog(args)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,7 @@ UNKNOWN = "–"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    title, examples, note = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=title, epilog=f"examples:\n{examples}\n\n{note}", formatter_class=data.ScriptHelp
-    )
+    parser = data.ScriptParser(__doc__)
     add = parser.add_argument
     add("training_ids", nargs="*", metavar="ID", help="two runs or more, whose curves are drawn")
     add("--history", type=Path, default=Path("training_history.json"), metavar="JSON", help="the file of runs")

@@ -44,18 +44,14 @@ WINDOW, STEP = 110, 55  # pixels replaced at once: 1/32 of the spectrum, as a to
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    title, examples, *rest = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=title,
-        epilog="\n\n".join(["examples:\n" + examples, *rest]),
-        formatter_class=data.ScriptHelp,
-    )
+    parser = data.ScriptParser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="the stars to draw; none: a sheet with stars of each class")
     add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, spectra/ and images/")
     add("--checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
     add("--output-dir", type=Path, default=Path("plots"), metavar="DIR",
         help="gets the PNG files; an earlier one of this script is replaced, no other file is")  # fmt: skip
+    parser.add_quiet()
     args = parser.parse_args(argv)
     if args.checkpoint and not args.names:
         parser.error("--checkpoint: name the stars that it is to classify; the sheet shows data alone")
@@ -251,8 +247,7 @@ def save(figure: Figure, path: Path) -> None:
     print(path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def draw(args: argparse.Namespace) -> None:
     catalog = data.catalog_path(args.data_dir)
     stars, _ = data.read_catalog(catalog, labelled=False)
     chosen = find_stars(args.names, stars, catalog)
@@ -268,6 +263,12 @@ def main(argv: list[str] | None = None) -> None:
         if entry.observed is None and entry.pixels is None:
             raise DataError(f"{star.name}: {'; '.join(entry.problems)}")
         save(draw_star(entry, model, checkpoint.get("references", {})), path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    with data.quietly(args.quiet):
+        draw(args)
 
 
 if __name__ == "__main__":

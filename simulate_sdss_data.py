@@ -574,10 +574,7 @@ def table_hdu(name: str, columns: dict[str, object]) -> fits.BinTableHDU:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    title, examples, *_ = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=title, epilog=f"examples:\n{examples}", formatter_class=data.ScriptHelp
-    )
+    parser = data.ScriptParser(__doc__)
     add = parser.add_argument
     snr = data.number_between(float, 1, 1000)
     add("directory", type=Path, metavar="DIR", help="new or empty; gets objects.csv, spectra/ and images/")
@@ -586,6 +583,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--boss-fraction", type=data.number_between(float, 0, 1), help="fraction of BOSS spectra")
     add("--min-snr", type=snr, help="lowest median S/N a pixel")
     add("--max-snr", type=snr, help="highest median S/N a pixel")
+    parser.add_quiet()
     parser.set_defaults(**simulate.__kwdefaults__)
     args = parser.parse_args(argv)
     if args.min_snr > args.max_snr:
@@ -594,11 +592,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    stars = simulate(**vars(args))
-    print(f"{len(stars)} SIMULATED stars, {args.per_class} of each of {', '.join(CLASS_NAMES)}: spectra, images and")
-    print(f"{data.catalog_path(args.directory)}. They are no observations. Next:")
-    print(f"  python train.py --data-dir {args.directory}")
+    options = vars(parse_arguments(argv))
+    with data.quietly(options.pop("quiet")):
+        stars = simulate(**options)
+        directory, per_class = options["directory"], options["per_class"]
+        print(f"{len(stars)} SIMULATED stars, {per_class} of each of {', '.join(CLASS_NAMES)}: spectra, images and")
+        print(f"{data.catalog_path(directory)}. They are no observations. Next:")
+        print(f"  python train.py --data-dir {directory}")
 
 
 if __name__ == "__main__":

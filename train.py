@@ -70,11 +70,7 @@ DEMO_DEFAULTS = {"data_dir": DEMO_DIR / "stars", "output_dir": DEMO_DIR, "num_ep
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train and evaluate the M-star classifier on paired spectra and images.",
-        epilog="examples:\n" + __doc__.split("\n\n")[1],
-        formatter_class=data.ScriptHelp,
-    )
+    parser = data.ScriptParser(__doc__)
     add, number = parser.add_argument, data.number_between
     add("--data-dir", type=Path, default=Path("."), help="holds objects.csv, spectra/ and images/")
     add("--output-dir", type=Path, default=Path("."), help="gets checkpoints/, plots/ and training_history.json")
@@ -113,13 +109,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "scores; all: every star of a directory that took no part in training")  # fmt: skip
     add("--demo", action="store_true", help=f"{len(CLASS_NAMES) * DEMO_STARS_PER_CLASS} simulated stars, the full "
         f"network from random weights, {DEMO_DEFAULTS['num_epochs']} epochs; all in {DEMO_DIR}/")  # fmt: skip
+    parser.add_quiet()
     args = parser.parse_args(argv)
     if args.demo:  # the demo's defaults; what the command line names goes before them
         parser.set_defaults(**DEMO_DEFAULTS)
         args = parser.parse_args(argv)
     if args.resume and any(getattr(args, name) != parser.get_default(name) for name in vars(args)
-                           if name not in ("resume", "output_dir")):  # fmt: skip
-        parser.error("--resume takes all options from the run that it goes on with (but --output-dir)")
+                           if name not in ("resume", "output_dir", "quiet")):  # fmt: skip
+        parser.error("--resume takes all options from the run that it goes on with (but --output-dir and --quiet)")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", "1")):
         parser.error(f"--batch-size {args.batch_size} cannot be shared by {os.environ['WORLD_SIZE']} processes")
     if args.validation_split + args.test_split >= 1:
@@ -294,7 +291,7 @@ class Engine(NamedTuple):
 
     def batches(self, loader: Iterable[Batch], description: str) -> Iterator[Batch]:
         """The loader's batches on the device, under a progress bar."""
-        for batch in data.progress(loader, desc=description, unit="batch", disable=distributed.rank() > 0):
+        for batch in data.progress(loader, desc=description, unit="batch"):
             yield batch.to(self.device)
 
     def autocast(self) -> torch.autocast:
@@ -477,7 +474,7 @@ def begin_training(
     """A run before its first epoch; its record has every option, and what they came to."""
     image = args.image_backbone if engine.model.image_encoder is not None else None
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    for name in ("evaluate", "split", "resume"):  # of other commands
+    for name in ("evaluate", "split", "resume", "quiet"):  # of other commands, or of no effect on the run
         del options[name]
     config = {
         "training_id": training_id,
@@ -657,7 +654,7 @@ def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training]:
 
 def main(argv: list[str] | None = None) -> None:
     args, unfinished = parse_arguments(argv), None
-    with distributed.only_first_prints():
+    with data.quietly(args.quiet or distributed.rank() > 0):
         if args.evaluate:
             evaluate_checkpoint(args)
             return

@@ -139,11 +139,7 @@ def classical_methods(seed: int) -> dict[str, tuple[str, GridSearchCV]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Score the network and the classical methods on the same stars.",
-        epilog="examples:\n" + __doc__.split("\n\n")[1],
-        formatter_class=data.ScriptHelp,
-    )
+    parser = data.ScriptParser(__doc__)
     add, number = parser.add_argument, data.number_between
     usual = [*classical_methods(seed=0), *NETWORKS]
     add("--data-dir", type=Path, default=Path("."), help="holds objects.csv, spectra/ and images/")

@@ -280,11 +280,7 @@ FIGURES = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Measure how quickly the stars' files become batches, and the memory that it takes.",
-        epilog="examples:\n" + __doc__.split("\n\n")[1],
-        formatter_class=data.ScriptHelp,
-    )
+    parser = data.ScriptParser(__doc__)
     add, count = parser.add_argument, data.number_between(int, 100, 10**7)
     add("--figures", nargs="+", choices=FIGURES, default=list(FIGURES), help="what to measure")
     add("--stars", type=count, default=4000, help="stars to decode")

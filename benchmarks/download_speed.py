@@ -86,11 +86,7 @@ def download_sequentially(stars: list[Star], server: SdssServer) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Time the downloader against a slow local server.",
-        epilog="examples:\n" + __doc__.split("\n\n")[1],
-        formatter_class=data.ScriptHelp,
-    )
+    parser = data.ScriptParser(__doc__)
     add, count = parser.add_argument, data.number_between(int, 2, 10**5)
     add("--stars", type=count, default=400, help="stars to fetch")
     add("--latency", type=data.number_between(float, 0, 10), default=0.1, help="seconds before each answer")

@@ -31,11 +31,7 @@ MATRIX_SIZE = 4096
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Time a step of training and of evaluation beside a plain program's.",
-        epilog="examples:\n" + __doc__.split("\n\n")[1],
-        formatter_class=data.ScriptHelp,
-    )
+    parser = data.ScriptParser(__doc__)
     add, number = parser.add_argument, data.number_between
     add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="of the network")
     add("--batch-size", type=number(int, 1, 10**5), default=32, help="stars a step")

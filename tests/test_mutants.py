@@ -91,6 +91,7 @@ TABLES = st.lists(st.lists(CELLS, max_size=8).map(",".join), max_size=5).map("\n
 
 @given(TABLES.map(lambda rows: ("name,subclass,plate,mjd,fiberID,ra,dec\n" + rows).encode()) | st.binary(max_size=200))
 @example(b"\xef\xbb\xbf#Table1\nname,subclass,plate,mjd,fiberID\na,M0,1,52000,1")
+@example(b"name,subclass,plate,mjd,fiberID\na,M\x1e0,1,52000,1")
 def test_any_other_text_is_refused_or_gives_stars_that_can_be_named(path, content):
     path.write_bytes(content)
     for labelled in (True, False):
