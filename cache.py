@@ -16,6 +16,7 @@ import json
 import math
 import mmap
 import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -366,8 +367,13 @@ def decode_files(tasks: list[Task], data_dir: Path, targets: dict[str, Target], 
     progress = partial(data.progress, desc="reading the stars' files", unit="file", total=len(tasks))
     if num_workers <= 1 or len(tasks) <= FEW_FILES:
         return [decode(task) for task in progress(tasks)]
-    with ProcessPoolExecutor(num_workers) as pool:
-        return list(progress(pool.map(decode, tasks, chunksize=32)))
+    # Ctrl-C comes to all processes of a terminal; this one ends the others.
+    with ProcessPoolExecutor(num_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            return list(progress(pool.map(decode, tasks, chunksize=32)))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def decode_file(task: Task, data_dir: Path, targets: dict[str, Target]) -> Finding:

@@ -403,6 +403,12 @@ def group_same_stars(stars: list[Star]) -> np.ndarray:
     return connected_components(links, directed=False)[1]
 
 
+def count_known(stars: list[Star], known: list[Star]) -> int:
+    """How many of the stars are among the known ones, perhaps observed again."""
+    groups = group_same_stars([*known, *stars])
+    return int(np.isin(groups[len(known) :], groups[: len(known)]).sum())
+
+
 # specObjID: plate 14 bits, fiberID 12, mjd − 50000 14, run2d 14, ten zero bits.
 
 

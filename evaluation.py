@@ -20,7 +20,9 @@ class Evaluation(NamedTuple):
     def scores(self) -> dict[str, float]:
         """Accuracy; precision, recall and F1 weighted by class frequency, F1 also as the plain mean over
         classes; fraction within ± 1 subclass."""
-        *by_class, count = precision_recall_fscore_support(self.targets, self.predictions, zero_division=0)
+        *by_class, count = precision_recall_fscore_support(
+            self.targets, self.predictions, labels=range(len(CLASS_NAMES)), zero_division=0
+        )
         precision, recall, f1 = (float(np.average(score, weights=count)) for score in by_class)
         return {
             "accuracy": float((self.predictions == self.targets).mean()),

@@ -8,6 +8,7 @@ programs which read that file read this one, and more beside them.
 """
 
 import contextlib
+import hashlib
 import json
 import platform
 import subprocess
@@ -28,8 +29,8 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from data import CLASS_NAMES, DataError, write_atomically
-from model import torch_load
+from data import CLASS_NAMES, DataError, Star, write_atomically
+from model import torch_load, torch_save
 
 STATE_FORMAT = "m-star training state 1"  # the mark of an unfinished run's file
 STATE_FILES = "last_state_{}.pth"
@@ -68,7 +69,7 @@ class Training(NamedTuple):
 
     def save(self, path: Path) -> None:
         with write_atomically(path) as temporary:
-            torch.save({"format": STATE_FORMAT, **self._asdict()}, temporary)
+            torch_save({"format": STATE_FORMAT, **self._asdict()}, temporary)
 
 
 def load_training(path: Path) -> Training:
@@ -103,6 +104,11 @@ def claim_training_id(output_dir: Path, resumed: str | None = None) -> Iterator[
                 yield training_id
                 return
         attempt += 1
+
+
+def fingerprint(stars: list[Star]) -> str:
+    """The same for the same stars, in any order, and for no others."""
+    return hashlib.sha256("\n".join(sorted(star.spectrum_id for star in stars)).encode()).hexdigest()[:16]
 
 
 def training_id_of(run: Any) -> str | None:

@@ -10,7 +10,6 @@ The encoders follow, layer by layer and name by name, the authors' code
 load. The Transformer has the shape of ViLT (Kim et al. 2021), as theirs, built of torch's own parts.
 """
 
-import functools
 import http.client
 import pickle
 import warnings
@@ -57,29 +56,22 @@ CHECKPOINT_KEYS = {
 }
 
 
-def remove_continuum(spectra: Tensor) -> Tensor:
-    """Spectra (N, 3522), each less the polynomial in log wavelength that fits it best."""
-    basis = _continuum_basis().to(spectra)
-    return spectra - spectra @ basis @ basis.T
-
-
-@functools.cache
-def _continuum_basis() -> Tensor:
+def make_continuum_basis() -> Tensor:
     """(3522, CONTINUUM_DEGREE + 1): Legendre polynomials over the window's pixels, made orthonormal."""
     polynomials = np.polynomial.legendre.legvander(np.linspace(-1, 1, SPECTRUM_LENGTH), CONTINUUM_DEGREE)
     return torch.from_numpy(np.linalg.qr(polynomials)[0]).float()
 
 
-def normalise_images(images: Tensor) -> Tensor:
-    """(B, 3, H, W) with values 0…255, as data.py prepares them → what ImageNet's weights expect, channels last."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+def remove_continuum(spectra: Tensor, basis: Tensor) -> Tensor:
+    """Spectra (N, 3522), each less the polynomial in log wavelength that fits it best, of `make_continuum_basis`."""
+    basis = basis.to(spectra.dtype)
+    return spectra - spectra @ basis @ basis.T
 
 
 class ImageEncoder(nn.Module):
     """ResNet without its pooling and classifier, pooled to four tokens.
 
-    forward: imgs (B, 3, H, W) → image_features (B, hidden_size), image_tokens (B, 4, hidden_size).
+    forward: imgs (B, 3, H, W) with values 0…255 → image_features (B, hidden_size), image_tokens (B, 4, hidden_size).
     """
 
     def __init__(
@@ -90,9 +82,15 @@ class ImageEncoder(nn.Module):
         self.model = nn.Sequential(*list(resnet.children())[:-2])
         self.pool = nn.AdaptiveAvgPool2d((4, 1))
         self.fc = nn.Linear(resnet.fc.in_features, hidden_size)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def normalise(self, imgs: Tensor) -> Tensor:
+        """Values 0…255, as data.py prepares them → what ImageNet's weights expect."""
+        return (imgs / 255 - self.mean) / self.std
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = self.pool(self.model(imgs))  # (B, 2048, 4, 1)
+        pooled = self.pool(self.model(self.normalise(imgs)))  # (B, 2048, 4, 1)
         image_tokens = self.fc(pooled.flatten(2).transpose(1, 2))  # (B, 2048, 4) → (B, 4, 2048) → (B, 4, 512)
         image_features = self.fc(pooled.mean(dim=(2, 3)))
         return image_features, image_tokens
@@ -197,6 +195,7 @@ class FusionModel(nn.Module):
             layer, num_layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
         )
         self.classifier = nn.Linear(hidden_size, num_classes)
+        self.register_buffer("continuum_basis", make_continuum_basis(), persistent=False)
         # What spectra are measured against; fit_normalisation takes it from the training stars.
         self.register_buffer("spectrum_mean", torch.zeros(SPECTRUM_LENGTH))
         self.register_buffer("spectrum_std", torch.ones(()))
@@ -221,7 +220,7 @@ class FusionModel(nn.Module):
         pixel from it, both without continuum."""
         scaler = StandardScaler()
         for chunk in chunks:
-            scaler.partial_fit(remove_continuum(chunk).numpy())
+            scaler.partial_fit(remove_continuum(chunk, self.continuum_basis.cpu()).numpy())
         self.spectrum_mean.copy_(torch.from_numpy(scaler.mean_))
         self.spectrum_std.copy_(torch.from_numpy(scaler.var_).sqrt().mean())
 
@@ -229,7 +228,7 @@ class FusionModel(nn.Module):
         """What sets a spectrum apart from the mean one, but for the continuum: (B, 3522), about 0 ± 1."""
         # In float32 also under autocast: bfloat16 would round the flux to its third digit.
         with torch.autocast(specs.device.type, enabled=False):
-            deviation = (remove_continuum(specs) - self.spectrum_mean) / self.spectrum_std
+            deviation = (remove_continuum(specs, self.continuum_basis) - self.spectrum_mean) / self.spectrum_std
         return deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
     def forward(
@@ -242,7 +241,7 @@ class FusionModel(nn.Module):
             spectrum_features, spectrum_tokens = self.spec_encoder(self.normalise_spectra(specs))
             tokens.append(spectrum_tokens + spectrum_type)
         if self.image_encoder is not None and imgs is not None:
-            image_features, image_tokens = self.image_encoder(normalise_images(imgs))
+            image_features, image_tokens = self.image_encoder(imgs)
             if self.spec_encoder is not None:
                 align_logits = contrastive_logits(gather(image_features), gather(spectrum_features))
                 if image_seen is not None:
@@ -295,11 +294,11 @@ def _fetch_imagenet_weights(backbone: str) -> OrderedDict[str, Tensor]:
 def save_checkpoint(path: Path, model: FusionModel, **contents: Any) -> None:
     """Write the weights, the arguments that build their network, and `contents` (plain values) to a file."""
     checkpoint = {"format": CHECKPOINT_FORMAT, "model_arguments": model.arguments, "model_state": model.state_dict()}
-    torch.save(checkpoint | contents, path)
+    torch_save(checkpoint | contents, path)
 
 
-def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
-    """The network of a checkpoint that train.py wrote, on the CPU and ready to evaluate, and all else that it holds.
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[FusionModel, dict[str, Any]]:
+    """The network of a checkpoint that train.py wrote, on the device and ready to evaluate, and all else in the file.
 
     Raises OSError for a file that is missing, damaged, another program's, of other classes or of other options.
     """
@@ -322,7 +321,15 @@ def load_checkpoint(path: Path) -> tuple[FusionModel, dict[str, Any]]:
         raise OSError(f"{path}: its weights are not those of its network ({type(error).__name__})") from error
     if model.classifier.out_features != len(CLASS_NAMES):
         raise OSError(f"{path}: its network knows {model.classifier.out_features} classes, not {len(CLASS_NAMES)}")
-    return model.eval(), checkpoint
+    return model.eval().to(device, memory_format=torch.channels_last), checkpoint
+
+
+def torch_save(contents: dict[str, Any], path: Path) -> None:
+    """Raises OSError where torch itself tells of a full disk as of an error in the program."""
+    try:
+        torch.save(contents, path)
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written; is the disk full? ({error})") from error
 
 
 def torch_load(path: Path) -> Any:

@@ -54,12 +54,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_classifier(path: Path, device: torch.device) -> tuple[FusionModel, dict]:
-    """The network of a checkpoint, ready on the device, and what else the checkpoint holds."""
-    model, checkpoint = load_checkpoint(path)
-    return model.to(device, memory_format=torch.channels_last), checkpoint
-
-
 def choose_inputs(model: FusionModel, there: set[str]) -> tuple[str, ...]:
     """Which of a star's inputs "spectrum" and "image" the network is given; none if it needs one that is not there."""
     possible = {"fusion": [("spectrum", "image")], "spectrum": [("spectrum",)], "image": [("image",)]}[model.modality]
@@ -164,7 +158,7 @@ def classify_catalog(args: argparse.Namespace) -> None:
     stars, left_out = data.read_catalog(data.catalog_path(args.data_dir), labelled=False)
     for reason, count in left_out.items():
         print(f"{count} row(s) of the catalogue left out: {reason}")
-    model, checkpoint = load_classifier(args.checkpoint, choose_device(args.device))
+    model, checkpoint = load_checkpoint(args.checkpoint, choose_device(args.device))
     kinds = choose_inputs(model, {"spectrum", "image"})
 
     rows, seen = [], []
@@ -186,8 +180,8 @@ def classify_catalog(args: argparse.Namespace) -> None:
         writer.writerows(rows)
 
     report(rows, seen, args.output)
-    known = {Star(*row).spectrum_id for part in ("train", "validation") for row in checkpoint["splits"][part]}
-    if familiar := sum(star.spectrum_id in known for star in stars):
+    known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
+    if familiar := data.count_known(stars, known):
         print(f"  note: the network was trained on, or chosen by, {familiar} of them: it knows these too well")
     if args.least_certain:
         uncertain = sorted(classified, key=lambda row: row[f"p_{row['predicted_subclass']}"])[: args.least_certain]

@@ -67,7 +67,8 @@ def scored_on(run: dict) -> str | None:
     """What two runs must share to have been scored on the same stars; None where the record does not tell."""
     keys = ("csv_file", "stars", "validation_split", "test_split", "random_seed", "stars_by_class_and_split")
     values = [look_up(run, "config", key) for key in keys]
-    return None if None in values else json.dumps(values)
+    # Earlier records do not name the stars; theirs compare with each other.
+    return None if None in values else json.dumps([*values, look_up(run, "config", "held_out_stars", kind=str)])
 
 
 def make_table(runs: list[dict]) -> pd.DataFrame:

@@ -48,7 +48,6 @@ from model import (
     MODALITIES,
     FusionModel,
     load_checkpoint,
-    normalise_images,
     save_checkpoint,
 )
 from simulate_sdss_data import simulate
@@ -117,8 +116,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.resume and any(getattr(args, name) != parser.get_default(name) for name in vars(args)
                            if name not in ("resume", "output_dir", "quiet")):  # fmt: skip
         parser.error("--resume takes all options from the run that it goes on with (but --output-dir and --quiet)")
-    if args.batch_size % int(os.environ.get("WORLD_SIZE", "1")):
-        parser.error(f"--batch-size {args.batch_size} cannot be shared by {os.environ['WORLD_SIZE']} processes")
+    if args.resume not in (None, "auto") and args.output_dir != parser.get_default("output_dir"):
+        parser.error("--resume FILE goes on where the file lies; --output-dir goes with --resume auto")
+    if args.demo and "WORLD_SIZE" in os.environ:
+        parser.error("--demo is for one process")
     if args.validation_split + args.test_split >= 1:
         parser.error("--validation-split and --test-split together leave no star to train on")
     return args
@@ -129,6 +130,8 @@ def choose_device(name: str) -> torch.device:
         raise DataError("--device cuda: PyTorch finds no GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise DataError(f"{torch.cuda.device_count()} GPU(s) here, one for each process: lower --nproc-per-node")
     torch.cuda.set_device(distributed.local_rank())
     return torch.device("cuda", distributed.local_rank())
 
@@ -140,7 +143,9 @@ def choose_precision(name: str, device: torch.device) -> str:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # without instructions of its own for it, a processor is slower in bf16 than in fp32
         capabilities = torch.cpu.get_capabilities()
-        has_bf16 = any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+        has_bf16 = torch.backends.mkldnn.is_available() and any(
+            capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
+        )
     return "bf16" if has_bf16 else "fp32"
 
 
@@ -321,7 +326,7 @@ def measure_batch_norm(engine: Engine, loader: DataLoader) -> None:
     if engine.model.image_encoder is not None:
         batches = engine.batches(itertools.islice(loader, BATCH_NORM_BATCHES), "batch norms")
         with engine.autocast():
-            update_bn((normalise_images(batch.images) for batch in batches), engine.model.image_encoder)
+            update_bn((batch.images for batch in batches), engine.model.image_encoder)
 
 
 def train_one_epoch(
@@ -353,16 +358,16 @@ def evaluate(engine: Engine, loader: DataLoader, description: str = "evaluating"
     """One pass over a loader's stars, those of all processes, without training."""
     engine.model.eval()
     total = torch.zeros((), device=engine.device)
-    targets, predictions = [], []
+    none = torch.empty(0, dtype=torch.int64, device=engine.device)  # of several processes, one may have no batch
+    targets, predictions = [none], [none]
     for batch in engine.batches(loader, description):
         loss, logits = engine.loss(batch)
         total += loss * len(batch.targets)
         targets.append(batch.targets)
         predictions.append(logits.argmax(dim=1))
-    own = (total.item(), [part.cpu() for part in targets], [part.cpu() for part in predictions])
-    totals, *parts = zip(*distributed.gather_objects(own), strict=True)
-    targets, predictions = (torch.cat([one for parts_of in part for one in parts_of]).numpy() for part in parts)
-    return Evaluation(sum(totals) / len(loader.dataset), targets, predictions)
+    own = (total.item(), torch.cat(targets).cpu().numpy(), torch.cat(predictions).cpu().numpy())
+    totals, *both = zip(*distributed.gather_objects(own), strict=True)
+    return Evaluation(sum(totals) / len(loader.dataset), *map(np.concatenate, both))
 
 
 def make_optimizer(
@@ -399,11 +404,25 @@ def is_best(f1: float, before: list[float], stars: int) -> bool:
     return f1 >= best - math.sqrt(best * (1 - best) / stars)
 
 
+def compile_network(network: FusionModel, device: torch.device) -> Callable:
+    # Several processes wait for each other within a step, which CUDA graphs would have to hold.
+    graphs = device.type == "cuda" and distributed.world_size() == 1
+    return torch.compile(network, mode="reduce-overhead" if graphs else None)
+
+
 def fit(
-    engine: Engine, prepared: PreparedStars, splits: dict[str, np.ndarray], training: Training, paths: Paths
+    engine: Engine,
+    prepared: PreparedStars,
+    splits: dict[str, np.ndarray],
+    training: Training,
+    paths: Paths,
+    known: dict[str, Any],
 ) -> None:
     """Train from the epoch that `training` is at; after each one validate the running mean of the weights, print,
-    extend the record's epoch_metrics, keep the best checkpoint, and from time to time the state to resume from."""
+    extend the record's epoch_metrics, keep the best checkpoint, and from time to time the state to resume from.
+
+    known: what a checkpoint holds beside network and epoch.
+    """
     record, states = training.record, training.states
     config, curves, final = record["config"], record["epoch_metrics"], record["final_metrics"]
     model, epochs = distributed.prepare(engine.model), config["num_epochs"]
@@ -418,11 +437,8 @@ def fit(
         parts[name].load_state_dict(state)
     network = distributed.share_gradients(model)
     if training.options["compile"]:
-        network = torch.compile(network, mode="reduce-overhead" if engine.device.type == "cuda" else None)
+        network = compile_network(network, engine.device)
     trained, validated = engine._replace(model=network), engine._replace(model=averaged)
-    # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
-    stars = {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()}
-    references = outliers.fit_references(make_loader(prepared, splits["train"], config["batch_size"]))
     state_saved = time.perf_counter()
     for epoch in range(len(curves["train_loss"]) + 1, epochs + 1):
         started = time.perf_counter()
@@ -437,19 +453,18 @@ def fit(
             )
         scores = validation.scores()
         kept = is_best(scores["f1"], curves["val_f1"], len(splits["validation"]))
-        first = distributed.rank() == 0
-        if kept and first:  # before the record says so: Ctrl-C may come at any moment
+        if kept and distributed.rank() == 0:  # before the record says so: Ctrl-C may come at any moment
             with data.write_atomically(paths.checkpoint) as temporary:
-                save_checkpoint(temporary, averaged, epoch=epoch, config=config, splits=stars, references=references)
-        curves["train_loss"].append(train_loss)
-        curves["val_loss"].append(validation.loss)
-        for name in ("accuracy", "precision", "recall", "f1"):
-            curves[f"val_{name}"].append(scores[name])
+                save_checkpoint(temporary, averaged, epoch=epoch, **known)
+        losses = {"train_loss": train_loss, "val_loss": validation.loss}
+        for name, curve in curves.items():
+            curve.append(losses[name] if name in losses else scores[name.removeprefix("val_")])
         if kept:
             final["best_epoch"] = epoch
         elapsed = time.perf_counter() - started
         record["total_training_time_seconds"] = round(record["total_training_time_seconds"] + elapsed, 1)
-        if first and epoch < epochs and time.perf_counter() - state_saved >= training.options["state_interval"]:
+        due = time.perf_counter() - state_saved >= training.options["state_interval"]
+        if due and epoch < epochs and distributed.rank() == 0:
             training._replace(states={name: part.state_dict() for name, part in parts.items()}).save(paths.state)
             state_saved = time.perf_counter()
         print(
@@ -476,6 +491,7 @@ def begin_training(
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     for name in ("evaluate", "split", "resume", "quiet"):  # of other commands, or of no effect on the run
         del options[name]
+    held_out = np.concatenate([splits["validation"], splits["test"]])
     config = {
         "training_id": training_id,
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -496,6 +512,7 @@ def begin_training(
         "image_dir": str(args.data_dir / "images"),
         "spectra_dir": str(args.data_dir / "spectra"),
         "stars": data.describe(prepared.stars),
+        "held_out_stars": history.fingerprint([prepared.stars[i] for i in held_out]),
         "simulated_stars": sum(star.simulated for star in prepared.stars),
         "stars_by_class_and_split": {
             part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
@@ -511,26 +528,27 @@ def begin_training(
         "final_metrics": {},
         "total_training_time_seconds": 0.0,
     }
-    return Training(options, [star.spectrum_id for star in prepared.stars], record, states={})
+    return Training(options, identify(prepared), record, states={})
+
+
+def identify(prepared: PreparedStars) -> list[str]:
+    """All that the split depends on, which a resumed run must find again."""
+    return [repr(star) for star in prepared.stars]
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """--evaluate: score a checkpoint on its validation or test stars, or on a directory new to it."""
-    model, checkpoint = load_checkpoint(args.evaluate)
+    device = choose_device(args.device)
+    model, checkpoint = load_checkpoint(args.evaluate, device)
     config = checkpoint["config"]
     parts = {part: [Star(*row) for row in rows] for part, rows in checkpoint["splits"].items()}
-    device = choose_device(args.device)
-    model = model.to(device, memory_format=torch.channels_last)
     precision = choose_precision(args.precision, device)
     engine = Engine(model, device, precision, config["sic_weight"], config["sic_negatives"])
     prepared, _ = read_stars(args.data_dir, config["modality"], args.num_workers)
 
     if args.split == "all":
         indices = np.arange(len(prepared.stars))
-        known = parts["train"] + parts["validation"]
-        groups = data.group_same_stars([*known, *prepared.stars])
-        seen = np.isin(groups[len(known) :], groups[: len(known)]).sum()
-        if seen:
+        if seen := data.count_known(prepared.stars, parts["train"] + parts["validation"]):
             print(f"note: the checkpoint was trained on, or chosen by, {seen} of these stars: the score flatters it")
     else:
         wanted = {star.spectrum_id for star in parts[args.split]}
@@ -569,9 +587,15 @@ def train(
         chunks = torch.from_numpy(splits["train"]).split(SPECTRA_AT_ONCE)
         model.fit_normalisation(prepared.spectra[indices] for indices in chunks)
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
+    known = {
+        # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
+        "splits": {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()},
+        "references": outliers.fit_references(make_loader(prepared, splits["train"], args.batch_size)),
+    }
 
     first = distributed.rank() == 0
     resumed_id = unfinished.record["config"]["training_id"] if unfinished else None
+    # Of several processes, the first alone writes files, and has an ID to name them by.
     claim = history.claim_training_id(args.output_dir, resumed_id) if first else contextlib.nullcontext("")
     with claim as training_id:
         training = unfinished or begin_training(args, training_id, engine, prepared, splits, not_used)
@@ -582,15 +606,17 @@ def train(
         paths, stopped = run_paths(args.output_dir, training_id), None
         try:
             with distributed.process_group():
-                fit(engine, prepared, splits, training, paths)
-        except (KeyboardInterrupt, DataError) as reason:
+                fit(engine, prepared, splits, training, paths, known | {"config": config})
+        except (KeyboardInterrupt, DataError, OSError) as reason:
             stopped = reason
         record["stopped"] = None if stopped is None else str(stopped) or "interrupted"
         # The epochs of a run that was stopped are recorded as well; but without one, there is nothing to record.
         if first and record["epoch_metrics"]["train_loss"]:
-            best, _ = load_checkpoint(paths.checkpoint)
-            engine = engine._replace(model=best.to(device, memory_format=torch.channels_last))
-            conclude(engine, prepared, splits, record, paths)
+            best, checkpoint = load_checkpoint(paths.checkpoint, device)
+            record["final_metrics"]["best_epoch"] = checkpoint["epoch"]
+            # Stopped again before it was where it had been stopped before, a run keeps its earlier record.
+            if checkpoint["epoch"] <= len(record["epoch_metrics"]["train_loss"]):
+                conclude(engine._replace(model=best), prepared, splits, record, paths)
         if stopped is not None:
             if paths.state.exists():
                 print(f"python train.py --resume {paths.state}    goes on from the last state kept")
@@ -646,7 +672,7 @@ def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training]:
     unfinished = load_training(path)
     options = unfinished.options | {
         "data_dir": Path(unfinished.options["data_dir"]),
-        "output_dir": path.parent.parent,  # which may have moved
+        "output_dir": path.parent.parent if path.parent.name else Path(".."),  # which may have moved
     }
     print(f"{path}: {len(unfinished.record['epoch_metrics']['train_loss'])} of {options['num_epochs']} epochs are done")
     return argparse.Namespace(**options), unfinished
@@ -664,11 +690,14 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.data_dir} is there already: its stars are used as they are; delete it for new ones")
         elif args.demo:
             simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if args.batch_size % processes:
+            raise DataError(f"batches of {args.batch_size} stars cannot be shared by {processes} processes")
         prepared, not_used = read_stars(args.data_dir, args.modality, args.num_workers)
-        if unfinished and [star.spectrum_id for star in prepared.stars] != unfinished.stars:
+        if unfinished and identify(prepared) != unfinished.stars:
             raise DataError(
-                f"{args.data_dir}: these are not the {unfinished.record['config']['stars']} that the run began with, "
-                "and it can go on with these alone"
+                f"{args.data_dir}: its stars are not just what the {unfinished.record['config']['stars']} were that "
+                "the run began with, and it can go on with these alone"
             )
         try:
             train(args, prepared, not_used, unfinished)

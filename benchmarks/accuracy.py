@@ -43,12 +43,13 @@ import model  # noqa: E402
 import train  # noqa: E402
 from cache import PreparedStars, read_stars  # noqa: E402
 from evaluation import Evaluation  # noqa: E402
-from model import IMAGE_BACKBONES, FusionModel, load_checkpoint, remove_continuum  # noqa: E402
+from history import run_paths  # noqa: E402
+from model import IMAGE_BACKBONES, FusionModel, load_checkpoint, make_continuum_basis, remove_continuum  # noqa: E402
 
 
 def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
     """In place of FusionModel.fit_normalisation: one mean and one deviation for the pixels of all wavelengths."""
-    spectra = remove_continuum(torch.cat(list(chunks)))
+    spectra = remove_continuum(torch.cat(list(chunks)), self.continuum_basis)
     self.spectrum_mean.fill_(spectra.mean())
     self.spectrum_std.fill_(spectra.std())
 
@@ -64,7 +65,7 @@ NETWORKS = {
 ABLATIONS = {
     "contrast with other classes only": ["--sic-negatives", "other-classes"],
     "learning rate 1e-4": ["--learning-rate", "1e-4"],
-    "with the continuum": patch.object(model, "remove_continuum", lambda spectra: spectra),
+    "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
     "without averaged weights": patch.object(train, "AVERAGE_SPAN", 0.0),
@@ -170,7 +171,8 @@ def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict
     """Fit on the training stars; predict the other parts."""
     kind, estimator = classical_methods(seed)[name]
     if kind == "features":
-        inputs = {part: remove_continuum(stars.spectra).numpy() for part, stars in parts.items()}
+        basis = make_continuum_basis()
+        inputs = {part: remove_continuum(stars.spectra, basis).numpy() for part, stars in parts.items()}
     else:
         inputs = {part: getattr(stars, kind).numpy() for part, stars in parts.items()}
     estimator.fit(inputs["train"], parts["train"].targets.numpy())
@@ -198,17 +200,14 @@ def run_network(
         unread = {"spectrum": {"images": None}, "image": {"spectra": None}}.get(options.modality, {})
         with contextlib.nullcontext() if isinstance(change, list) else change:
             record = train.train(options, stars._replace(**unread), {})
-        network, _ = load_checkpoint(
-            Path(directory, "checkpoints", f"best_model_{record['config']['training_id']}.pth")
-        )
-    device = train.choose_device("auto")
-    engine = train.Engine(
-        network.to(device, memory_format=torch.channels_last), device, train.choose_precision("auto", device)
-    )
-    return {
-        part: train.evaluate(engine, train.make_loader(parts[part], np.arange(len(parts[part].stars)), batch_size=64))
-        for part in ("validation", "test")
-    }
+            device = train.choose_device("auto")
+            path = run_paths(Path(directory), record["config"]["training_id"]).checkpoint
+            engine = train.Engine(load_checkpoint(path, device)[0], device, train.choose_precision("auto", device))
+            loaders = {
+                part: train.make_loader(parts[part], np.arange(len(parts[part].stars)), batch_size=64)
+                for part in ("validation", "test")
+            }
+            return {part: train.evaluate(engine, loader) for part, loader in loaders.items()}
 
 
 def open_results(path: Path, settings: dict) -> dict:
@@ -224,7 +223,10 @@ def open_results(path: Path, settings: dict) -> dict:
 def main() -> None:
     args = parse_arguments()
     stars, _ = read_stars(args.data_dir, "fusion", args.num_workers)
-    others = read_stars(args.test_dir, "fusion", args.num_workers)[0] if args.test_dir else None
+    others = None
+    if args.test_dir:
+        others, _ = read_stars(args.test_dir, "fusion", args.num_workers)
+        others = select(others, np.arange(len(others.stars)))
     of_this_command = ("seeds", "methods", "num_workers", "output_dir")
     settings = {name: value for name, value in vars(args).items() if name not in of_this_command}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}

@@ -295,16 +295,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    machine = describe_machine()
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work_dir, one_file_for_many_stars():
         originals = Path(work_dir, "originals")
         simulate(originals, per_class=FILES_PER_CLASS, seed=0)
         rows = [row for figure in args.figures for row in FIGURES[figure](args, originals, Path(work_dir))]
-    print(f"\n{describe_machine()}\n\n| figure | here | yardstick | |\n|---|---|---|---|")
+    print(f"\n{machine}\n\n| figure | here | yardstick | |\n|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
 
 def describe_machine() -> str:
+    """On Linux alone, where the system tells of processor and memory as files."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"

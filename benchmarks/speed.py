@@ -65,7 +65,7 @@ def our_step(engine: train.Engine, batch: train.Batch, *, compiled: bool = False
     """As train.py does it: clipped gradients, schedule and running mean of the weights included."""
     optimizer, scheduler = train.make_optimizer(engine.model, 1e-4, epochs=1000, steps_per_epoch=1000)
     update_average = train.running_mean(engine.model, steps=1000)[1]
-    trained = engine._replace(model=torch.compile(engine.model)) if compiled else engine
+    trained = engine._replace(model=train.compile_network(engine.model, engine.device)) if compiled else engine
     return lambda: train.train_one_epoch(trained, [batch], optimizer, scheduler, update_average, "")
 
 
@@ -113,6 +113,7 @@ def main() -> None:
     device = train.choose_device("auto")
     precision = train.choose_precision("auto", device)
     torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # for both, as train.py has it
     batch = make_batch(args.batch_size, device)
 
     def make_model() -> FusionModel:

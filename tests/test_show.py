@@ -117,7 +117,7 @@ def test_a_page_for_each_star(own_dir, tmp_path, checkpoint):
 def test_what_stands_on_a_page(stars_dir, checkpoint):
     star = read_stars(stars_dir)[0]
     entry = read_files(stars_dir, star)
-    model, contents = show_star.load_classifier(checkpoint, torch.device("cpu"))
+    model, contents = show_star.load_checkpoint(checkpoint)
     bad = int((entry.observed.ivar <= 0).sum())
     said = texts(show_star.draw_star(entry, model, contents["references"]))
     for part in (star.name, f"catalogue: {star.subclass}", "SIMULATED", "TiO", "CaH", "Na", "Hα", "vacuum wavelength",

@@ -1,10 +1,16 @@
-"""train.py as a user starts it, on simulated stars; a small ResNet keeps it quick (the full one: test_model.py)."""
+"""train.py as a user starts it, on simulated stars; a small ResNet keeps it quick (the full one: test_model.py).
+
+LONG_RUN=200 python -m pytest tests/test_train.py      a long run of 200 epochs in place of 25
+"""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +27,9 @@ import train
 from cache import PreparedStars
 from data import DataError, Star
 from evaluation import Evaluation
+from model import FusionModel
 
+LONG_RUN = int(os.environ.get("LONG_RUN", "25"))  # epochs
 SMALL = ("--image-backbone", "resnet18", "--image-weights", "none", "--batch-size", "16", "--num-workers", "2")
 PER_CLASS = 12
 
@@ -332,6 +340,37 @@ def test_a_killed_run_is_resumed_as_if_never_stopped(stars_dir, tmp_path):
     assert not list((killed / "checkpoints").glob("last_state_*"))  # it is finished
     again = run_script("train.py", "--resume", "auto", "--output-dir", killed)
     assert again.returncode == 1 and "no unfinished run" in again.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux alone tells a process's files so")
+def test_a_long_run_keeps_memory_and_open_files_flat(stars_dir, tmp_path, monkeypatch):
+    """Of a small network; each epoch trains, validates, and writes a state and perhaps a checkpoint."""
+    small = partial(FusionModel, hidden_size=16, num_heads=2, num_layers=1)
+    held = []
+
+    def evaluate(*arguments):
+        resident = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]
+        held.append((int(resident) / 1024, len(os.listdir("/proc/self/fd"))))
+        return evaluate_as_ever(*arguments)
+
+    evaluate_as_ever = train.evaluate
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "FusionModel", small)
+    options = [
+        "--data-dir",
+        stars_dir,
+        "--output-dir",
+        tmp_path,
+        "--epochs",
+        LONG_RUN,
+        "--state-interval",
+        0,
+        "--quiet",
+    ]
+    train.main([str(option) for option in [*options, *SMALL, "--modality", "spectrum"]])
+    memory, files = zip(*held[LONG_RUN // 5 : LONG_RUN], strict=True)
+    assert memory[-1] - memory[0] < 20, f"MB: {memory}"
+    assert files[-1] <= files[0], files
 
 
 def test_a_run_ended_by_ctrl_c_is_recorded_and_can_go_on(stars_dir, tmp_path):
