@@ -300,9 +300,10 @@ def draw(path: Path, runs: list[dict], title: str) -> None:
     axes.barh(order, means.mean()[order], color=colors, alpha=0.6)
     for row, method in enumerate(order):
         axes.plot(means.get_group(method), [row] * len(means.get_group(method)), "k.")
-    axes.set(xlabel="weighted F1 on the stars that chose nothing (blue: networks; points: seeds)")
     axes.set_xlim(max(0, means.min().min() - 0.05), 1)
-    figure.suptitle(title, fontsize=9)  # over the whole figure: the names of the methods are wide
+    # Over and under the whole figure: the names of the methods are wide.
+    figure.suptitle(title, fontsize=9)
+    figure.supxlabel("weighted F1 on the stars that chose nothing (blue: networks; points: seeds)", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     with data.write_atomically(path) as temporary:
         figure.savefig(temporary, dpi=150)

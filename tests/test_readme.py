@@ -20,7 +20,7 @@ README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 # What makes a run short; it goes after the README's own options.
 SHORTER = {
     "train.py": "--epochs 1 --batch-size 16 --image-backbone resnet18 --image-weights none",
-    "simulate_sdss_data.py": "--per-class 1",
+    "simulate_sdss_data.py": "--per-class 8",
     "benchmarks/accuracy.py": "--seeds 1 --methods 'LDA on 32 band means'",
 }
 PLACES = {"FIRST_MACHINE:29500": "localhost:0", "--nnodes=2": "--nnodes=1", "--nproc-per-node=4": "--nproc-per-node=2"}
