@@ -63,7 +63,7 @@ class Training(NamedTuple):
     """A run as far as it is: what --resume needs of an unfinished one. All else follows from its options."""
 
     options: dict[str, Any]  # of the command line
-    stars: list[str]  # their spectrum_id, in order
+    stars: list[str]  # each with all that the split depends on, in order
     record: dict
     states: dict[str, dict]  # of network, running mean, optimizer and schedule
 

@@ -1,14 +1,19 @@
 """train.py as a user starts it, on simulated stars; a small ResNet keeps it quick (the full one: test_model.py).
 
-LONG_RUN=200 python -m pytest tests/test_train.py      a long run of 200 epochs in place of 25
+LONG_RUN=200 python -m pytest tests/test_train.py     a long run of 200 epochs in place of 25
+    KILLS=20 python -m pytest tests/test_train.py         a run killed twenty times in place of twice
 """
 
+import contextlib
 import json
 import os
+import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,6 +35,7 @@ from evaluation import Evaluation
 from model import FusionModel
 
 LONG_RUN = int(os.environ.get("LONG_RUN", "25"))  # epochs
+KILLS = int(os.environ.get("KILLS", "2"))
 SMALL = ("--image-backbone", "resnet18", "--image-weights", "none", "--batch-size", "16", "--num-workers", "2")
 PER_CLASS = 12
 
@@ -306,30 +312,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(tmp_pa
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def start_and_stop(signal_: int, after: str, *options: object) -> tuple[int, str, str]:
-    """Start training, send the signal once a printed line begins with `after`; exit status and what it printed."""
+def train_and_interfere(
+    after: str, interfere: Callable[[subprocess.Popen], None], *options: object
+) -> tuple[int, str, str]:
+    """Start training, and do that to the process once a printed line begins with `after`; exit status and output."""
     process = subprocess.Popen(command("train.py", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     printed = ""
     for line in process.stdout:
         printed += line
         if line.strip().startswith(after):
-            process.send_signal(signal_)
+            interfere(process)
             break
     rest, errors = process.communicate(timeout=300)
     return process.returncode, printed + rest, errors
 
 
+def files_in(directory: Path) -> dict[str, bytes]:
+    paths = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
 def test_a_killed_run_is_resumed_as_if_never_stopped(stars_dir, tmp_path):
-    options = ("--data-dir", stars_dir, "--modality", "spectrum", "--batch-size", 16, "--epochs", 4, "--num-workers", 1)
+    """After kill -9 at random moments of the run and of those that go on with it."""
+    options = ("--data-dir", stars_dir, "--modality", "spectrum", "--batch-size", 16, "--num-workers", 1)
+    options += ("--epochs", 3 + KILLS, "--state-interval", 0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script("train.py", *options, "--output-dir", whole).returncode == 0
-    status, _, _ = start_and_stop(
-        signal.SIGKILL, "2/4", *options, "--output-dir", killed, "--state-interval", 0
-    )  # fmt: skip
+    status, _, _ = train_and_interfere("1/", subprocess.Popen.kill, *options, "--output-dir", killed)
     assert status == -signal.SIGKILL and not (killed / "training_history.json").exists()
-    done = run_script("train.py", "--resume", "auto", "--output-dir", killed)
-    assert done.returncode == 0, done.stderr
-    assert " of 4 epochs are done" in done.stdout and " 4/4 " in done.stdout and " 1/4 " not in done.stdout
+    resume = ("--resume", "auto", "--output-dir", killed)
+    rng = random.Random(KILLS)
+    for _ in range(KILLS):
+        process = subprocess.Popen(command("train.py", *resume, "--quiet"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(2, 12))
+            break  # it came to its end
+        process.kill()
+        process.wait()
+        assert list((killed / "checkpoints").glob("last_state_*"))
+    else:
+        done = run_script("train.py", *resume)
+        assert done.returncode == 0, done.stderr
+        assert " epochs are done" in done.stdout and " 1/" not in done.stdout
     one, other = read_history(whole)[0], read_history(killed)[0]
     assert one["epoch_metrics"] == other["epoch_metrics"] and one["final_metrics"] == other["final_metrics"]
     weights = [
@@ -337,9 +361,37 @@ def test_a_killed_run_is_resumed_as_if_never_stopped(stars_dir, tmp_path):
         for directory in (whole, killed)
     ]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert not list((killed / "checkpoints").glob("last_state_*"))  # it is finished
-    again = run_script("train.py", "--resume", "auto", "--output-dir", killed)
+    assert len(files_in(killed)) == len(files_in(whole))  # no state is left, and nothing half-written
+    again = run_script("train.py", *resume)
     assert again.returncode == 1 and "no unfinished run" in again.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux alone limits a process from outside")
+def test_a_disk_that_fills_up_costs_no_earlier_checkpoint(stars_dir, tmp_path):
+    """From the end of the first epoch on, no file can be longer than a megabyte."""
+    options = ("--data-dir", stars_dir, "--modality", "spectrum", "--batch-size", 16, "--num-workers", 1)
+    kept = {}
+
+    def fill_up(process: subprocess.Popen) -> None:
+        kept.update(files_in(tmp_path / "checkpoints"))
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+    status, printed, errors = train_and_interfere(
+        "1/3", fill_up, *options, "--output-dir", tmp_path, "--epochs", 3, "--state-interval", 0
+    )
+    assert status == 1 and "Traceback" not in errors
+    checkpoint, state = sorted(kept)
+    reason = errors.splitlines()[-1]
+    assert re.fullmatch(r"train\.py: error: .*/checkpoints/.*(File too large|is the disk full).*", reason)
+    assert files_in(tmp_path / "checkpoints") == kept
+    (record,) = read_history(tmp_path)
+    assert record["stopped"] in reason and record["final_metrics"]["best_epoch"] == 1
+    assert f"--resume {tmp_path / 'checkpoints' / state}" in printed
+    done = run_script("train.py", "--resume", "auto", "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = read_history(tmp_path)
+    assert record["stopped"] is None and len(record["epoch_metrics"]["val_f1"]) == 3
+    assert files_in(tmp_path / "checkpoints").keys() == {checkpoint}
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux alone tells a process's files so")
@@ -375,9 +427,15 @@ def test_a_long_run_keeps_memory_and_open_files_flat(stars_dir, tmp_path, monkey
 
 def test_a_run_ended_by_ctrl_c_is_recorded_and_can_go_on(stars_dir, tmp_path):
     options = ("--data-dir", stars_dir, "--modality", "spectrum", "--batch-size", 16, "--epochs", 3, "--num-workers", 1)
-    status, printed, errors = start_and_stop(
-        signal.SIGINT, "1/3", *options, "--output-dir", tmp_path, "--state-interval", 0
-    )  # fmt: skip
+    status, printed, errors = train_and_interfere(
+        "1/3",
+        lambda process: process.send_signal(signal.SIGINT),
+        *options,
+        "--output-dir",
+        tmp_path,
+        "--state-interval",
+        0,
+    )
     assert status == 130 and errors.splitlines()[-1] == "interrupted" and "--resume" in printed
     record = read_history(tmp_path)[0]
     assert record["stopped"] == "interrupted" and 1 <= len(record["epoch_metrics"]["val_f1"]) < 3
