@@ -17,7 +17,9 @@ import argparse
 import contextlib
 import contextvars
 import csv
+import functools
 import io
+import math
 import os
 import re
 import sys
@@ -77,7 +79,8 @@ FIRST_BOSS_PLATE = 3523
 
 SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
 
-FITS_BLOCK = 2880  # bytes, of which the size of any FITS file is a multiple
+FITS_BLOCK = 2880  # bytes, of which the size of any FITS file, and of each header in it, is a multiple
+_HEADER_CARDS = re.compile(rb"(?:(?!END {77}).{80})*END {77}", re.DOTALL)
 _FITS_TYPES = {"L": "i1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8", "A": "S1"}
 
 # What astropy and Pillow raise on files that are damaged or something else.
@@ -461,8 +464,10 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
         raise DataError(f"{path}: the file is truncated; delete it and download it again")
     try:
         with warnings.catch_warnings(action="ignore", category=AstropyWarning):
-            (header, _), (table_header, table_start), *_ = _read_headers(content)
-        table = np.frombuffer(content, _table_dtype(table_header), table_header["NAXIS2"], table_start)
+            (cards, _), (table_cards, table_start), *_ = _find_headers(content)
+            header, table_header = _parse_header(cards), _parse_header(table_cards)
+            row = _table_dtype(table_cards)
+        table = np.frombuffer(content, row, table_header["NAXIS2"], table_start)
         columns = {
             name: np.asarray(table[name], dtype=dtype)
             for name, dtype in (("loglam", np.float64), ("flux", np.float32), ("ivar", np.float32))
@@ -496,26 +501,43 @@ def check_identity(path: Path, header: fits.Header, star: Star) -> None:
         raise WrongFileError(f"{path}: holds the spectrum of another star ({stated}, not {wanted})")
 
 
-# The headers are read by astropy, the rows by NumPy: astropy's own tables take four times as long, most of a run's
-# first start. tests/test_data.py compares the two.
+# The headers are read by astropy, the rows by NumPy, since astropy's own tables take four times as long; and what many
+# files have alike, as the headers of tables, is read once. tests/test_data.py compares with astropy alone.
 
 
-def _read_headers(content: bytes) -> list[tuple[fits.Header, int]]:
+def _find_headers(content: bytes) -> list[tuple[bytes, int]]:
     """Each HDU's header, and where its data begin. Raises EOFError if the last HDU is not whole."""
-    file, headers = io.BytesIO(content), []
-    while file.tell() < len(content):
-        header = fits.Header.fromfile(file)
-        if header.data_size < 0:
-            raise ValueError("a negative size")
-        headers.append((header, file.tell()))
-        file.seek(header.data_size_padded, io.SEEK_CUR)
-    if file.tell() > len(content):
+    headers, position = [], 0
+    while position < len(content):
+        cards = _HEADER_CARDS.match(content, position)
+        if cards is None:
+            raise EOFError
+        start = position + math.ceil(len(cards[0]) / FITS_BLOCK) * FITS_BLOCK
+        headers.append((cards[0], start))
+        position = start + _data_size(cards[0])
+    if position > len(content):
         raise EOFError
     return headers
 
 
-def _table_dtype(header: fits.Header) -> np.dtype:
+@functools.lru_cache(maxsize=64)
+def _parse_header(cards: bytes) -> fits.Header:
+    return fits.Header.fromstring(cards)
+
+
+@functools.lru_cache(maxsize=64)
+def _data_size(cards: bytes) -> int:
+    """Of an HDU, in bytes, as its data fill the file."""
+    header = _parse_header(cards)
+    if header.data_size < 0:
+        raise ValueError("a negative size")
+    return header.data_size_padded
+
+
+@functools.lru_cache(maxsize=64)
+def _table_dtype(cards: bytes) -> np.dtype:
     """The NumPy type of a row of a FITS binary table of plain columns, the only ones that SDSS's spectra have."""
+    header = _parse_header(cards)
     numbers = range(1, header["TFIELDS"] + 1)
     scaled = [key for number in numbers for key in (f"TSCAL{number}", f"TZERO{number}") if key in header]
     if scaled:
@@ -556,6 +578,7 @@ def read_cutout(path: Path, size: int | None = None) -> Cutout:
             if size is not None and image.width != size:
                 raise WrongFileError(f"{path}: {image.width}×{image.height} pixels where {size}×{size} were asked for")
             pixels = np.asarray(image)
+            colours = np.asarray(image.convert("RGBX")).view(np.uint32)  # a number for each colour
             simulated = SIMULATED_MARK in image.info.get("comment", b"")
     except UnidentifiedImageError:
         raise DataError(f"{path}: not a JPEG image") from None
@@ -563,10 +586,11 @@ def read_cutout(path: Path, size: int | None = None) -> Cutout:
         raise
     except _JPEG_ERRORS as error:
         raise DataError(f"{path}: a damaged JPEG image ({_first_line(error)})") from error
-    # A colour that fills more than half of the pixels is the median of each channel.
-    colour = np.median(pixels, axis=(0, 1))
-    if (pixels == colour).all(axis=2).mean() > MAX_FRACTION_OF_ONE_COLOUR:
-        kind = "blank" if colour.any() else "black"
+    # A colour that fills more than half of the pixels stands in the middle of them, in whichever order.
+    middle = np.partition(colours, colours.size // 2, axis=None)[colours.size // 2]
+    filled = colours[..., 0] == middle
+    if filled.mean() > MAX_FRACTION_OF_ONE_COLOUR:
+        kind = "blank" if pixels[filled].any() else "black"
         raise WrongFileError(
             f"{path}: a {kind} tile: the star lies outside the imaging footprint, or the server drew an error"
         )
