@@ -46,6 +46,12 @@ def run_training(data_dir: Path, output_dir: Path, *options: object) -> subproce
     return done
 
 
+def run_here(data_dir: Path, output_dir: Path, *options: object) -> None:
+    """In this process, where a test may have put something in place."""
+    paths = ("--data-dir", data_dir, "--output-dir", output_dir)
+    train.main([str(option) for option in (*paths, *SMALL, *options, "--quiet")])
+
+
 def read_history(output_dir: Path) -> list[dict]:
     return json.loads((output_dir / "training_history.json").read_text(encoding="utf-8"))
 
@@ -394,10 +400,14 @@ def test_a_disk_that_fills_up_costs_no_earlier_checkpoint(stars_dir, tmp_path):
     assert files_in(tmp_path / "checkpoints").keys() == {checkpoint}
 
 
+@pytest.fixture
+def small_network(monkeypatch) -> None:
+    monkeypatch.setattr(train, "FusionModel", partial(FusionModel, hidden_size=16, num_heads=2, num_layers=1))
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux alone tells a process's files so")
-def test_a_long_run_keeps_memory_and_open_files_flat(stars_dir, tmp_path, monkeypatch):
+def test_a_long_run_keeps_memory_and_open_files_flat(stars_dir, tmp_path, monkeypatch, small_network):
     """Of a small network; each epoch trains, validates, and writes a state and perhaps a checkpoint."""
-    small = partial(FusionModel, hidden_size=16, num_heads=2, num_layers=1)
     held = []
 
     def evaluate(*arguments):
@@ -407,22 +417,21 @@ def test_a_long_run_keeps_memory_and_open_files_flat(stars_dir, tmp_path, monkey
 
     evaluate_as_ever = train.evaluate
     monkeypatch.setattr(train, "evaluate", evaluate)
-    monkeypatch.setattr(train, "FusionModel", small)
-    options = [
-        "--data-dir",
-        stars_dir,
-        "--output-dir",
-        tmp_path,
-        "--epochs",
-        LONG_RUN,
-        "--state-interval",
-        0,
-        "--quiet",
-    ]
-    train.main([str(option) for option in [*options, *SMALL, "--modality", "spectrum"]])
+    run_here(stars_dir, tmp_path, "--epochs", LONG_RUN, "--state-interval", 0, "--modality", "spectrum")
     memory, files = zip(*held[LONG_RUN // 5 : LONG_RUN], strict=True)
     assert memory[-1] - memory[0] < 20, f"MB: {memory}"
     assert files[-1] <= files[0], files
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_learns_the_same(stars_dir, tmp_path, small_network):
+    options = ("--epochs", 2, "--modality", "spectrum", "--precision", "fp32")
+    for name, compiled in (("plain", ()), ("compiled", ("--compile",))):
+        run_here(stars_dir, tmp_path / name, *options, *compiled)
+    (plain,), (compiled,) = (read_history(tmp_path / name) for name in ("plain", "compiled"))
+    assert compiled["config"]["compile"] and not plain["config"]["compile"]
+    for curve in ("train_loss", "val_loss"):
+        assert compiled["epoch_metrics"][curve] == pytest.approx(plain["epoch_metrics"][curve], rel=1e-3)
 
 
 def test_a_run_ended_by_ctrl_c_is_recorded_and_can_go_on(stars_dir, tmp_path):
