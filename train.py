@@ -38,6 +38,7 @@ import data
 import distributed
 import history
 import outliers
+from augmentation import NOISE_TABLE, Augmentation, disturb_spectra, draw_augmentation, turn_images
 from cache import PreparedStars, read_stars
 from data import CLASS_NAMES, DataError, Star
 from evaluation import Evaluation, print_scores
@@ -164,30 +165,14 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
 
 
-def turn_images(images: Tensor, symmetries: list[int]) -> Tensor:
-    """Each image (B, 3, H, H) turned by k % 4 quarter turns, and mirrored if its k is 4 or more."""
-    turned = torch.empty_like(images)
-    # NumPy turns and mirrors without copying, so that each image is copied once.
-    for image, target, k in zip(images.numpy(), turned.numpy(), symmetries, strict=True):
-        view = np.rot90(image, k % 4, axes=(1, 2))
-        target[:] = view[:, :, ::-1] if k >= 4 else view
-    return turned
-
-
 class StarDataset(Dataset):
     """Some of the prepared stars; one indexed read gives a whole Batch."""
 
     def __init__(self, prepared: PreparedStars, indices: np.ndarray) -> None:
         self.prepared = prepared
         self.indices = torch.as_tensor(indices)
-        self.symmetries: Tensor | None = None  # (N,) 0…7; None: images as they are
-        self.image_seen: Tensor | None = None  # (N,)
-
-    def augment(self, generator: torch.Generator, image_dropout: float) -> None:
-        """Draw anew how each star's image is turned and mirrored (the sky has no up and no left) and whether it is
-        seen: for all stars, so that it depends neither on the batches nor on the process."""
-        self.symmetries = torch.randint(8, (len(self),), generator=generator)
-        self.image_seen = torch.rand(len(self), generator=generator) >= image_dropout
+        self.augmentation: Augmentation | None = None  # None: all stars as they are
+        self.noise_table: Tensor | None = None  # (M,), of which noise is taken
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -197,10 +182,14 @@ class StarDataset(Dataset):
         spectra, images, targets = self.prepared.spectra, self.prepared.images, self.prepared.targets
         spectra = None if spectra is None else spectra[chosen]
         images = None if images is None else images[chosen]
-        if images is not None and self.symmetries is not None:
-            images = turn_images(images, self.symmetries[positions].tolist())
-        image_seen = None if self.image_seen is None else self.image_seen[positions]
-        return Batch(spectra, images, image_seen, targets[chosen])
+        if self.augmentation is None:
+            return Batch(spectra, images, None, targets[chosen])
+        augmentation = self.augmentation.of(positions)
+        if spectra is not None:
+            spectra = disturb_spectra(spectra, augmentation, self.noise_table)
+        if images is not None:
+            images = turn_images(images, augmentation.symmetries)
+        return Batch(spectra, images, augmentation.image_seen, targets[chosen])
 
 
 def make_loader(prepared: PreparedStars, indices: np.ndarray, batch_size: int) -> DataLoader:
@@ -222,6 +211,7 @@ class TrainingLoader:
         self.seed, self.image_dropout = seed, image_dropout
         processes = distributed.world_size()
         self.dataset = StarDataset(prepared, indices)
+        self.dataset.noise_table = torch.randn(NOISE_TABLE, generator=torch.Generator().manual_seed(seed))
         self.sampler = DistributedSampler(
             self.dataset, processes, distributed.rank() if processes > 1 else 0, shuffle=True, seed=seed
         )
@@ -233,7 +223,9 @@ class TrainingLoader:
     def epoch(self, number: int) -> DataLoader:
         self.sampler.set_epoch(number)
         generator = torch.Generator().manual_seed(self.seed + number)
-        self.dataset.augment(generator, self.image_dropout)
+        self.dataset.augmentation = draw_augmentation(
+            len(self.dataset), data.SPECTRUM_LENGTH, self.image_dropout, generator
+        )
         return self.loader
 
 

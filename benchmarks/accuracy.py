@@ -68,6 +68,7 @@ ABLATIONS = {
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
+    "without noise and shifts": patch.object(train, "disturb_spectra", lambda spectra, *augmentation: spectra),
     "without averaged weights": patch.object(train, "AVERAGE_SPAN", 0.0),
     "attention as in ViLT at the start": patch.multiple(model, ATTENTION_STD=0.02, POSITION_STD=0.02),
     "one mean for all wavelengths": patch.object(FusionModel, "fit_normalisation", fit_one_mean),

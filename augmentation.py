@@ -1,0 +1,67 @@
+"""What training changes in its stars from epoch to epoch: nothing that their subclass would depend on.
+
+Images are turned and mirrored, or hidden; spectra are moved by a few pixels and get more noise. What happens to
+a star is drawn for all stars at once, so that it depends neither on the batches nor on the process.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_SHIFT = 2  # pixels of 69 km/s; stars of the disc move at up to about 100 km/s along the line of sight
+MAX_EXTRA_NOISE = 1.0  # in units of the star's own noise
+NOISE_TABLE = 2**20  # deviates; a star's noise is a piece of them, which is quicker than drawing as many
+NOISE_STRIDE = 8  # pixels; so many pixels less are enough to estimate a noise
+
+
+class Augmentation(NamedTuple):
+    """Of N stars."""
+
+    image_seen: Tensor  # (N,) bool: whether the Transformer sees the image
+    symmetries: Tensor  # (N,) 0…7: how the image is turned and mirrored; the sky has no up and no left
+    shifts: Tensor  # (N,) pixels towards the red
+    noise_levels: Tensor  # (N,) of the noise added, in units of the star's own
+    noise_starts: Tensor  # (N,) where that noise begins in the table
+
+    def of(self, positions: list[int]) -> "Augmentation":
+        """That of some of the stars."""
+        return Augmentation(*(part[positions] for part in self))
+
+
+def draw_augmentation(stars: int, length: int, image_dropout: float, generator: torch.Generator) -> Augmentation:
+    """For so many stars with spectra of that length."""
+    return Augmentation(
+        image_seen=torch.rand(stars, generator=generator) >= image_dropout,
+        symmetries=torch.randint(8, (stars,), generator=generator),
+        shifts=torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (stars,), generator=generator),
+        noise_levels=torch.rand(stars, generator=generator) * MAX_EXTRA_NOISE,
+        noise_starts=torch.randint(NOISE_TABLE - length + 1, (stars,), generator=generator),
+    )
+
+
+def turn_images(images: Tensor, symmetries: Tensor) -> Tensor:
+    """Each image (B, 3, H, H) turned by k % 4 quarter turns, and mirrored if its k is 4 or more."""
+    turned = torch.empty_like(images)
+    # NumPy turns and mirrors without copying, so that each image is copied once.
+    for image, target, k in zip(images.numpy(), turned.numpy(), symmetries.tolist(), strict=True):
+        view = np.rot90(image, k % 4, axes=(1, 2))
+        target[:] = view[:, :, ::-1] if k >= 4 else view
+    return turned
+
+
+def estimate_noise(spectra: Tensor) -> Tensor:
+    """(B, 1): the standard deviation of a pixel of each spectrum (B, L) by DER_SNR (Stoehr et al. 2008): from each
+    pixel and those two to its left and right, of which lines leave the median alone."""
+    left, centre, right = (spectra[:, start : start + spectra.shape[1] - 4 : NOISE_STRIDE] for start in (0, 2, 4))
+    return 1.4826 / math.sqrt(6) * (2 * centre - left - right).abs().median(dim=1, keepdim=True).values
+
+
+def disturb_spectra(spectra: Tensor, augmentation: Augmentation, noise_table: Tensor) -> Tensor:
+    """Spectra (B, L), each moved and with more noise; at the ends the last pixel is repeated."""
+    length = spectra.shape[1]
+    pixels = (torch.arange(length) - augmentation.shifts[:, None]).clamp(0, length - 1)
+    noise = noise_table.unfold(0, length, 1)[augmentation.noise_starts]
+    return spectra.gather(1, pixels) + augmentation.noise_levels[:, None] * estimate_noise(spectra) * noise
