@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,11 @@ def run_script(
     return subprocess.run(
         command(script, *arguments), cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
+
+
+def heed_ctrl_c() -> None:
+    """As preexec_fn of a process: some shells make their background jobs, and all that these start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def checkpoint_contents(modality: str) -> dict[str, object]:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import sdss_server
-from common import command, run_script
+from common import command, heed_ctrl_c, run_script
 from filelock import FileLock
 from sdss_server import SdssServer, other_body, status
 
@@ -425,8 +425,9 @@ def test_ctrl_c_leaves_only_whole_files_and_a_second_run_completes(tmp_path, ser
     write_catalog(tmp_path, stars)
     arguments = options_for(tmp_path, server, "--image-rate", "10", "--timeout", "30")
     process = subprocess.Popen(
-        command("download_sdss_data.py", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command("download_sdss_data.py", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     while server.count("spectro") < 15 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from astropy.io import fits
-from common import command, run_script
+from common import command, heed_ctrl_c, run_script
 from PIL import Image
 
 import cache
@@ -327,7 +327,7 @@ def train_and_interfere(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which the jobs of some shells ignore
+        preexec_fn=heed_ctrl_c,
     )
     printed = ""
     for line in process.stdout:
