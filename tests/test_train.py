@@ -617,7 +617,8 @@ def test_losses_are_averaged_over_stars_not_batches(monkeypatch):
     losses = [train.evaluate(engine, train.make_loader(prepared, np.arange(25), size)).loss for size in (25, 8)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     optimizer, scheduler = train.make_optimizer(model, 1e-30, epochs=10, steps_per_epoch=4)  # nothing moves
-    optimizer.param_groups[0]["weight_decay"] = 0.0
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
     loader = train.TrainingLoader(prepared, np.arange(25), 8, seed=0, image_dropout=0.0).epoch(1)
     loss = train.train_one_epoch(engine, loader, optimizer, scheduler, lambda: None, "")
     assert loss == pytest.approx(losses[0], abs=1e-5)
@@ -652,6 +653,23 @@ def test_the_best_epoch_is_the_latest_that_validation_cannot_tell_from_the_best(
     ]
     assert few == [True, True, True, False]  # the standard error of 0.92 is 0.03
     assert not train.is_best(0.9, [0.92], 8000) and train.is_best(0.92, [0.92], 8000) and train.is_best(1.0, [1.0], 5)
+
+
+def test_the_image_encoders_gradients_do_not_scale_those_of_the_others():
+    torch.manual_seed(0)
+    model = train.FusionModel(image_backbone="resnet18", num_layers=1)
+    random_stars = many_stars(2)._replace(
+        spectra=1 + 0.3 * torch.randn(10, data.SPECTRUM_LENGTH),
+        images=torch.randint(256, (10, 3, 128, 128), dtype=torch.uint8),
+    )
+    optimizer, scheduler = train.make_optimizer(model, 1e-9, epochs=1, steps_per_epoch=1)
+    image_encoder, others = (group["params"] for group in optimizer.param_groups)
+    assert len(image_encoder) + len(others) == len(list(model.parameters()))
+    engine = train.Engine(model, torch.device("cpu"), "fp32")
+    loader = train.make_loader(random_stars, np.arange(10), 10)
+    train.train_one_epoch(engine, loader, optimizer, scheduler, lambda: None, "")
+    norms = [torch.nn.utils.get_total_norm(p.grad for p in part) for part in (image_encoder, others)]
+    assert norms == pytest.approx([train.MAX_GRADIENT_NORM] * 2, rel=1e-3)
 
 
 def test_learning_rate_warms_up_then_falls_to_zero():
