@@ -277,7 +277,9 @@ def contrastive_logits(image_features: Tensor, spectrum_features: Tensor) -> Ten
 def _build_resnet(backbone: str, weights: str | Path | None) -> torchvision.models.ResNet:
     if backbone not in IMAGE_BACKBONES:
         raise ValueError(f"image_backbone is {backbone!r}, not one of {', '.join(IMAGE_BACKBONES)}")
-    resnet = torchvision.models.get_model(backbone, weights=None)
+    # Random blocks begin as identities (Goyal et al. 2017, 5.1): a ResNet-152 of others begins with gradients so large
+    # that 20 epochs of 320 images do not recover from them. Weights that are loaded have their own.
+    resnet = torchvision.models.get_model(backbone, weights=None, zero_init_residual=True)
     if weights is not None:
         state = _fetch_imagenet_weights(backbone) if weights == "imagenet" else torch_load(Path(weights))
         try:
