@@ -143,7 +143,7 @@ def read_all(batches: Iterable) -> None:
 
 
 def training_batches(prepared: PreparedStars, indices: np.ndarray) -> DataLoader:
-    """The batches of an epoch of training: shuffled, images turned."""
+    """The batches of an epoch of training: shuffled, images turned, spectra moved and with noise."""
     return train.TrainingLoader(prepared, indices, BATCH_SIZE, seed=0, image_dropout=0.5).epoch(1)
 
 
@@ -176,7 +176,7 @@ def measure_loading(args: argparse.Namespace, originals: Path, work_dir: Path) -
     indices = np.arange(args.cached)
     loaders = {
         "as they are, in order": train.make_loader(prepared, indices, BATCH_SIZE),
-        "shuffled, images turned": training_batches(prepared, indices),
+        "shuffled, as training changes them": training_batches(prepared, indices),
     }
     for name, loader in loaders.items():
         here = args.cached / seconds(read_all, loader)
