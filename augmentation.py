@@ -11,34 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import SPECTRUM_LENGTH
+
 MAX_SHIFT = 2  # pixels of 69 km/s; stars of the disc move at up to about 100 km/s along the line of sight
 MAX_EXTRA_NOISE = 1.0  # in units of the star's own noise
-NOISE_TABLE = 2**20  # deviates; a star's noise is a piece of them, which is quicker than drawing as many
-NOISE_STRIDE = 8  # pixels; so many pixels less are enough to estimate a noise
+NOISE_TABLE = 2**20  # normal deviates, of which each star gets a piece: quicker than drawing as many for each
+NOISE_STRIDE = 8  # of the pixels, every eighth is enough to estimate the noise from
 
 
 class Augmentation(NamedTuple):
-    """Of N stars."""
+    """What happens to each of N stars in one epoch."""
 
     image_seen: Tensor  # (N,) bool: whether the Transformer sees the image
     symmetries: Tensor  # (N,) 0…7: how the image is turned and mirrored; the sky has no up and no left
     shifts: Tensor  # (N,) pixels towards the red
     noise_levels: Tensor  # (N,) of the noise added, in units of the star's own
     noise_starts: Tensor  # (N,) where that noise begins in the table
+    noise_table: Tensor  # (NOISE_TABLE,), of all stars
 
     def of(self, positions: list[int]) -> "Augmentation":
         """That of some of the stars."""
-        return Augmentation(*(part[positions] for part in self))
+        *parts, noise_table = self
+        return Augmentation(*(part[positions] for part in parts), noise_table)
 
 
-def draw_augmentation(stars: int, length: int, image_dropout: float, generator: torch.Generator) -> Augmentation:
-    """For so many stars with spectra of that length."""
+def draw_augmentation(stars: int, image_dropout: float, *, seed: int, epoch: int) -> Augmentation:
+    """For so many stars, the image hidden of that fraction."""
+    generator = torch.Generator().manual_seed(seed + epoch)
     return Augmentation(
         image_seen=torch.rand(stars, generator=generator) >= image_dropout,
         symmetries=torch.randint(8, (stars,), generator=generator),
         shifts=torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (stars,), generator=generator),
         noise_levels=torch.rand(stars, generator=generator) * MAX_EXTRA_NOISE,
-        noise_starts=torch.randint(NOISE_TABLE - length + 1, (stars,), generator=generator),
+        noise_starts=torch.randint(NOISE_TABLE - SPECTRUM_LENGTH + 1, (stars,), generator=generator),
+        noise_table=torch.randn(NOISE_TABLE, generator=torch.Generator().manual_seed(seed)),
     )
 
 
@@ -53,15 +59,15 @@ def turn_images(images: Tensor, symmetries: Tensor) -> Tensor:
 
 
 def estimate_noise(spectra: Tensor) -> Tensor:
-    """(B, 1): the standard deviation of a pixel of each spectrum (B, L) by DER_SNR (Stoehr et al. 2008): from each
-    pixel and those two to its left and right, of which lines leave the median alone."""
+    """(B, 1): the standard deviation of a pixel of each spectrum (B, L) by DER_SNR (Stoehr et al. 2008), from second
+    differences over five pixels; their median ignores lines and cosmic rays, which touch few pixels."""
     left, centre, right = (spectra[:, start : start + spectra.shape[1] - 4 : NOISE_STRIDE] for start in (0, 2, 4))
     return 1.4826 / math.sqrt(6) * (2 * centre - left - right).abs().median(dim=1, keepdim=True).values
 
 
-def disturb_spectra(spectra: Tensor, augmentation: Augmentation, noise_table: Tensor) -> Tensor:
-    """Spectra (B, L), each moved and with more noise; at the ends the last pixel is repeated."""
-    length = spectra.shape[1]
-    pixels = (torch.arange(length) - augmentation.shifts[:, None]).clamp(0, length - 1)
-    noise = noise_table.unfold(0, length, 1)[augmentation.noise_starts]
+def shift_and_add_noise(spectra: Tensor, augmentation: Augmentation) -> Tensor:
+    """Spectra (B, 3522), each moved, with its last pixel repeated at the end, and with Gaussian noise, which is the
+    same over the whole spectrum."""
+    pixels = (torch.arange(SPECTRUM_LENGTH) - augmentation.shifts[:, None]).clamp(0, SPECTRUM_LENGTH - 1)
+    noise = augmentation.noise_table.unfold(0, SPECTRUM_LENGTH, 1)[augmentation.noise_starts]
     return spectra.gather(1, pixels) + augmentation.noise_levels[:, None] * estimate_noise(spectra) * noise

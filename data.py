@@ -80,13 +80,14 @@ FIRST_BOSS_PLATE = 3523
 SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
 
 FITS_BLOCK = 2880  # bytes, of which the size of any FITS file, and of each header in it, is a multiple
-_HEADER_CARDS = re.compile(rb"(?:(?!END {77}).{80})*END {77}", re.DOTALL)
+_HEADER_CARDS = re.compile(rb"(?:(?!END {77}).{80}){0,9999}END {77}", re.DOTALL)  # SDSS's have up to about 300
+MAX_TABLE_COLUMNS = 999  # FITS standard 4.0, 7.3.1
 _FITS_TYPES = {"L": "i1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8", "A": "S1"}
 
 # What astropy and Pillow raise on files that are damaged or something else.
 _FITS_ERRORS = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, OverflowError,
-    fits.VerifyError,
+    MemoryError, fits.VerifyError,
 )  # fmt: skip
 _JPEG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -480,7 +481,7 @@ def read_spectrum(path: Path, star: Star) -> Spectrum:
     except DataError:
         raise
     except EOFError:
-        raise DataError(f"{path}: the file is truncated; delete it and download it again") from None
+        raise DataError(f"{path}: the file is truncated or damaged; delete it and download it again") from None
     except _FITS_ERRORS as error:
         raise DataError(f"{path}: not an SDSS spectrum ({type(error).__name__}: {_first_line(error)})") from error
 
@@ -506,7 +507,7 @@ def check_identity(path: Path, header: fits.Header, star: Star) -> None:
 
 
 def _find_headers(content: bytes) -> list[tuple[bytes, int]]:
-    """Each HDU's header, and where its data begin. Raises EOFError if the last HDU is not whole."""
+    """The cards of each HDU's header, and where its data begin. Raises EOFError if the last HDU is not whole."""
     headers, position = [], 0
     while position < len(content):
         cards = _HEADER_CARDS.match(content, position)
@@ -520,24 +521,26 @@ def _find_headers(content: bytes) -> list[tuple[bytes, int]]:
     return headers
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _parse_header(cards: bytes) -> fits.Header:
     return fits.Header.fromstring(cards)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _data_size(cards: bytes) -> int:
-    """Of an HDU, in bytes, as its data fill the file."""
+    """Bytes that an HDU's data take in the file, padding included."""
     header = _parse_header(cards)
     if header.data_size < 0:
         raise ValueError("a negative size")
     return header.data_size_padded
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _table_dtype(cards: bytes) -> np.dtype:
     """The NumPy type of a row of a FITS binary table of plain columns, the only ones that SDSS's spectra have."""
     header = _parse_header(cards)
+    if not 0 < header["TFIELDS"] <= MAX_TABLE_COLUMNS:
+        raise ValueError(f"TFIELDS = {header['TFIELDS']}")
     numbers = range(1, header["TFIELDS"] + 1)
     scaled = [key for number in numbers for key in (f"TSCAL{number}", f"TZERO{number}") if key in header]
     if scaled:

@@ -32,7 +32,8 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from data import CLASS_NAMES, DataError, Star, write_atomically
 from model import torch_load, torch_save
 
-STATE_FORMAT = "m-star training state 1"  # the mark of an unfinished run's file
+# The mark of an unfinished run's file; the number changes with all that makes a run go on otherwise than it began.
+STATE_FORMAT = "m-star training state 2"
 STATE_FILES = "last_state_{}.pth"
 EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1")
 
@@ -76,7 +77,10 @@ def load_training(path: Path) -> Training:
     """Raises OSError for a file that is missing, damaged, or another program's."""
     state = torch_load(path)
     if not isinstance(state, dict) or state.pop("format", None) != STATE_FORMAT:
-        raise OSError(f"{path}: no unfinished run of this program (train.py keeps them as {STATE_FILES.format('ID')})")
+        raise OSError(
+            f"{path}: no unfinished run of this version of the program (train.py keeps them as "
+            f"{STATE_FILES.format('ID')})"
+        )
     if set(state) != set(Training._fields):
         raise OSError(f"{path}: kept by another version of train.py, which alone can go on with it")
     return Training(**state)

@@ -40,6 +40,8 @@ MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit
 
 MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+# Without weights, residual blocks begin as identities (Goyal et al. 2017, 5.1), and gradients smaller.
+RANDOM_RESNET = {"zero_init_residual": True}
 TEMPERATURE = 0.07  # of the contrastive logits; the authors' fixed value
 INIT_STD = 0.02  # standard deviation of ViLT's initial weights and embeddings
 # With those, attention begins nearly uniform, so that [CLS] sees the mean of all tokens and cannot tell
@@ -277,9 +279,7 @@ def contrastive_logits(image_features: Tensor, spectrum_features: Tensor) -> Ten
 def _build_resnet(backbone: str, weights: str | Path | None) -> torchvision.models.ResNet:
     if backbone not in IMAGE_BACKBONES:
         raise ValueError(f"image_backbone is {backbone!r}, not one of {', '.join(IMAGE_BACKBONES)}")
-    # Random blocks begin as identities (Goyal et al. 2017, 5.1): a ResNet-152 of others begins with gradients so large
-    # that 20 epochs of 320 images do not recover from them. Weights that are loaded have their own.
-    resnet = torchvision.models.get_model(backbone, weights=None, zero_init_residual=True)
+    resnet = torchvision.models.get_model(backbone, weights=None, **RANDOM_RESNET)
     if weights is not None:
         state = _fetch_imagenet_weights(backbone) if weights == "imagenet" else torch_load(Path(weights))
         try:

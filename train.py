@@ -8,7 +8,8 @@
     python train.py --evaluate checkpoints/best_model_ID.pth   score a checkpoint on its validation stars
 
 Read top to bottom: options, stars, split, training and evaluation, a run. The network is in model.py,
-its loss in loss_sic.py, the reading of files in data.py and cache.py, a run's record and plots in history.py.
+its loss in loss_sic.py, the reading of files in data.py and cache.py, what training changes in its stars in
+augmentation.py, a run's record and plots in history.py.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
@@ -38,7 +39,7 @@ import data
 import distributed
 import history
 import outliers
-from augmentation import NOISE_TABLE, Augmentation, disturb_spectra, draw_augmentation, turn_images
+from augmentation import Augmentation, draw_augmentation, shift_and_add_noise, turn_images
 from cache import PreparedStars, read_stars
 from data import CLASS_NAMES, DataError, Star
 from evaluation import Evaluation, print_scores
@@ -172,7 +173,6 @@ class StarDataset(Dataset):
         self.prepared = prepared
         self.indices = torch.as_tensor(indices)
         self.augmentation: Augmentation | None = None  # None: all stars as they are
-        self.noise_table: Tensor | None = None  # (M,), of which noise is taken
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -186,7 +186,7 @@ class StarDataset(Dataset):
             return Batch(spectra, images, None, targets[chosen])
         augmentation = self.augmentation.of(positions)
         if spectra is not None:
-            spectra = disturb_spectra(spectra, augmentation, self.noise_table)
+            spectra = shift_and_add_noise(spectra, augmentation)
         if images is not None:
             images = turn_images(images, augmentation.symmetries)
         return Batch(spectra, images, augmentation.image_seen, targets[chosen])
@@ -211,7 +211,6 @@ class TrainingLoader:
         self.seed, self.image_dropout = seed, image_dropout
         processes = distributed.world_size()
         self.dataset = StarDataset(prepared, indices)
-        self.dataset.noise_table = torch.randn(NOISE_TABLE, generator=torch.Generator().manual_seed(seed))
         self.sampler = DistributedSampler(
             self.dataset, processes, distributed.rank() if processes > 1 else 0, shuffle=True, seed=seed
         )
@@ -222,9 +221,8 @@ class TrainingLoader:
 
     def epoch(self, number: int) -> DataLoader:
         self.sampler.set_epoch(number)
-        generator = torch.Generator().manual_seed(self.seed + number)
         self.dataset.augmentation = draw_augmentation(
-            len(self.dataset), data.SPECTRUM_LENGTH, self.image_dropout, generator
+            len(self.dataset), self.image_dropout, seed=self.seed, epoch=number
         )
         return self.loader
 
@@ -336,8 +334,8 @@ def train_one_epoch(
         loss, _ = engine.loss(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        # Each group by itself: the gradient of a ResNet-152 with random weights is fifty times as long as all others
-        # together, and its ups and downs would decide how much of these is left.
+        # Each group by itself: a ResNet's gradient can be many times as long as all others together, and its ups and
+        # downs would decide how much of these is left.
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRADIENT_NORM)
         optimizer.step()
@@ -365,16 +363,19 @@ def evaluate(engine: Engine, loader: DataLoader, description: str = "evaluating"
     return Evaluation(sum(totals) / len(loader.dataset), *map(np.concatenate, both))
 
 
+def parameter_groups(model: FusionModel) -> list[list[nn.Parameter]]:
+    """The image encoder's parameters, and all others; one group where the model has no image encoder."""
+    image_encoder = [] if model.image_encoder is None else list(model.image_encoder.parameters())
+    of_image_encoder = set(image_encoder)
+    others = [parameter for parameter in model.parameters() if parameter not in of_image_encoder]
+    return [group for group in (image_encoder, others) if group]
+
+
 def make_optimizer(
     model: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int
 ) -> tuple[Optimizer, LRScheduler]:
-    """AdamW, its rate rising over two epochs (at most a third of the run), then falling to zero along a cosine.
-
-    Its groups: the image encoder, and all else.
-    """
-    image_encoder = [] if model.image_encoder is None else list(model.image_encoder.parameters())
-    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("image_encoder.")]
-    groups = [{"params": group} for group in (image_encoder, others) if group]
+    """AdamW, its rate rising over two epochs (at most a third of the run), then falling to zero along a cosine."""
+    groups = [{"params": group} for group in parameter_groups(model)]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     total_steps = epochs * steps_per_epoch
     warmup_steps = min(WARMUP_EPOCHS * steps_per_epoch, math.ceil(total_steps / 3))

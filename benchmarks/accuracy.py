@@ -38,6 +38,7 @@ from sklearn.svm import SVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
+import augmentation  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
@@ -68,7 +69,10 @@ ABLATIONS = {
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
-    "without noise and shifts": patch.object(train, "disturb_spectra", lambda spectra, *augmentation: spectra),
+    "without shifted spectra": patch.object(augmentation, "MAX_SHIFT", 0),
+    "without added noise": patch.object(augmentation, "MAX_EXTRA_NOISE", 0.0),
+    "gradients clipped together": patch.object(train, "parameter_groups", lambda network: [list(network.parameters())]),
+    "residual blocks begin at random": patch.object(model, "RANDOM_RESNET", {}),
     "without averaged weights": patch.object(train, "AVERAGE_SPAN", 0.0),
     "attention as in ViLT at the start": patch.multiple(model, ATTENTION_STD=0.02, POSITION_STD=0.02),
     "one mean for all wavelengths": patch.object(FusionModel, "fit_normalisation", fit_one_mean),

@@ -6,6 +6,7 @@ A star whose own file is wrong is set aside, counted and named; the others go on
 import gzip
 import io
 import pickle
+import re
 import struct
 import sys
 import time
@@ -171,6 +172,16 @@ def make_spectrum(change: Callable[[fits.HDUList], object] = lambda hdus: None, 
     return content.getvalue()
 
 
+def with_cards(**values: str) -> bytes:
+    """STAR's file, with other values of keywords of its table."""
+    content = WHOLE
+    for key, value in values.items():
+        card = f"{key:8}= {value:>20}".ljust(80)
+        content, changed = re.subn(f"{key:8}= .{{70}}".encode(), card.encode(), content, count=1)
+        assert changed
+    return content
+
+
 GRID = (np.arange(3840) + 35_800) * 1e-4
 WHOLE = make_spectrum()
 SPECTRA: dict[str, tuple[bytes, str]] = {
@@ -182,6 +193,8 @@ SPECTRA: dict[str, tuple[bytes, str]] = {
     "a block missing": (WHOLE[:-2880], "the file is truncated"),
     "a byte too many": (WHOLE + b"x", "the file is truncated"),
     "zeros behind": (WHOLE + bytes(2880), "the file is truncated"),
+    "columns without end": (with_cards(TFIELDS="999999999"), "not an SDSS spectrum (ValueError: TFIELDS"),
+    "rows in words": (with_cards(NAXIS1="99999999999999", NAXIS2="'abc'"), "not an SDSS spectrum (MemoryError"),
     "no HDU 1": (make_spectrum(lambda hdus: fits.HDUList(hdus[:1])), "not an SDSS spectrum"),
     "an image in HDU 1": (
         make_spectrum(lambda hdus: fits.HDUList([hdus[0], fits.ImageHDU(np.ones((3, 3)))])),
