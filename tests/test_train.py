@@ -1,7 +1,7 @@
 """train.py as a user starts it, on simulated stars; a small ResNet keeps it quick (the full one: test_model.py).
 
 LONG_RUN=200 python -m pytest tests/test_train.py      a long run of 200 epochs in place of 25
-KILLS=20 python -m pytest tests/test_train.py          a run that is killed and resumed 20 times in place of 2
+KILLS=20 python -m pytest tests/test_train.py          a run that is killed and resumed 20 times in place of once
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from evaluation import Evaluation
 from model import FusionModel
 
 LONG_RUN = int(os.environ.get("LONG_RUN", "25"))  # epochs
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 SMALL = ("--image-backbone", "resnet18", "--image-weights", "none", "--batch-size", "16", "--num-workers", "2")
 PER_CLASS = 12
 
@@ -426,7 +426,8 @@ def test_a_long_run_keeps_memory_and_open_files_flat(stars_dir, tmp_path, monkey
     monkeypatch.setattr(train, "evaluate", evaluate)
     run_here(stars_dir, tmp_path, "--epochs", LONG_RUN, "--state-interval", 0, "--modality", "spectrum")
     memory, files = zip(*held[LONG_RUN // 5 : LONG_RUN], strict=True)
-    assert memory[-1] - memory[0] < 20, f"MB: {memory}"
+    half = len(memory) // 2  # a buffer that comes and goes makes the memory of single epochs differ
+    assert max(memory[half:]) - max(memory[:half]) < 10, f"MB: {memory}"
     assert files[-1] <= files[0], files
 
 
