@@ -18,6 +18,7 @@ import contextlib
 import contextvars
 import csv
 import functools
+import glob
 import io
 import math
 import os
@@ -193,6 +194,12 @@ def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
 def partial_path(path: Path) -> Path:
     """A name of its own beside `path`, for what is to become `path` when it is whole."""
     return path.with_name(f".{path.stem}-{uuid.uuid4().hex}.partial{path.suffix}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes had begun to write in place of `path`; nobody may be writing it now."""
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}-*.partial{path.suffix}"):
+        leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

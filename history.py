@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from data import CLASS_NAMES, DataError, Star, write_atomically
+from data import CLASS_NAMES, DataError, Star, remove_leftovers, write_atomically
 from model import torch_load, torch_save
 
 # The mark of an unfinished run's file; the number changes with all that makes a run go on otherwise than it began.
@@ -127,6 +127,7 @@ def put_into_history(path: Path, record: dict) -> None:
     Runs that end together wait for each other, and a damaged file is set aside, not lost.
     """
     with FileLock(path.with_name(f".{path.name}.lock")):
+        remove_leftovers(path)
         history = []
         if path.exists():
             try:

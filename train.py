@@ -607,6 +607,9 @@ def train(
               f"on {config['device']} in {engine.precision}; {config['stars']}: {len(splits['train'])} to train, "
               f"{len(splits['validation'])} to validate, {len(splits['test'])} to test\n")  # fmt: skip
         paths, stopped = run_paths(args.output_dir, training_id), None
+        if unfinished and first:
+            for path in (paths.checkpoint, paths.state, paths.training_plot, *paths.confusion_matrix.values()):
+                data.remove_leftovers(path)
         try:
             with distributed.process_group():
                 fit(engine, prepared, splits, training, paths, known | {"config": config})
