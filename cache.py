@@ -296,8 +296,8 @@ def make_cache(
     num_workers: int,
 ) -> Cache:
     """Write the cache of these stars, unchanged rows from the old one, all others from their files; and open it."""
-    for leftover in directory.glob(".*.partial*"):  # of a run that was killed
-        leftover.unlink()
+    data.remove_leftovers(array_path(directory, "*"))
+    data.remove_leftovers(directory / INDEX_FILE)
     entries: dict[str, Entry] = {}
     copies: dict[str, list[tuple[int, int]]] = {kind: [] for kind in ROWS}
     to_decode: list[Task] = []

@@ -18,7 +18,6 @@ import contextlib
 import contextvars
 import csv
 import functools
-import glob
 import io
 import math
 import os
@@ -197,8 +196,9 @@ def partial_path(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what killed processes had begun to write in place of `path`; nobody may be writing it now."""
-    for leftover in path.parent.glob(f".{glob.escape(path.stem)}-*.partial{path.suffix}"):
+    """Delete what killed processes had begun to write in place of `path`, whose name may have wildcards; nobody may
+    be writing it now."""
+    for leftover in path.parent.glob(f".{path.stem}-*.partial{path.suffix}"):
         leftover.unlink(missing_ok=True)
 
 

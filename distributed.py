@@ -29,6 +29,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def started_processes() -> int:
+    """How many processes torchrun has started, whether or not they work together yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def world_size() -> int:
     """How many processes share the work now: more than one only inside `process_group`."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -642,9 +642,11 @@ def only_download_into(data_dir: Path) -> Iterator[None]:
     """Keep other downloads out of the directory, and clear away what a killed one left half-written."""
     try:
         with FileLock(data_dir / ".download.lock", timeout=0):
-            for pattern in ("spectra/*/.*.partial.fits", "images/*/.*.partial.jpg", ".download_failures-*.partial.csv"):
-                for leftover in data_dir.glob(pattern):
-                    leftover.unlink()
+            for folder in data_dir.glob("spectra/*"):
+                data.remove_leftovers(folder / "*.fits")
+            for folder in data_dir.glob("images/*"):
+                data.remove_leftovers(folder / "*.jpg")
+            data.remove_leftovers(data_dir / FAILURES_FILE)
             yield
     except Timeout:
         raise DataError(f"another download into {data_dir} is running; wait for its end") from None

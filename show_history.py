@@ -1,7 +1,7 @@
 """Print the runs in training_history.json, the best of each data set marked; draw some of them over each other.
 
     python show_history.py                                      a table of all runs
-    python show_history.py 20261123_034410 20261123_131131      and the curves of these in plots/comparison.png
+    python show_history.py ID ID                                and the curves of these in plots/comparison.png
     python show_history.py --history demo/training_history.json
 
 Scores compare only between runs that were scored on the same stars: from the same catalogue, of as many stars,

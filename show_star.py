@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import data
 from data import CLASS_NAMES, CUTOUT_SCALE, DataError, Star
-from model import FusionModel, load_checkpoint, make_continuum_basis, remove_continuum
+from model import FusionModel, load_checkpoint, remove_continuum
 from predict import StarFiles, class_logits, classify, read_files
 from simulate_sdss_data import air_to_vacuum
 
@@ -105,9 +105,9 @@ def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> No
         axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
         axes.set_ylabel("flux / median")
     else:
-        flat = remove_continuum(entry.prepared["spectrum"][None], make_continuum_basis())[0]
+        flat = remove_continuum(entry.prepared["spectrum"][None], model.continuum_basis)[0]
         axes.plot(WAVELENGTH, flat, color="black", linewidth=0.5, label="what the network compares")
-        mean = model.spectrum_mean.cpu()
+        mean = model.spectrum_mean
         axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.2, label="with the mean of the training stars")
         axes.set_ylabel("flux / median, less its cubic")
     axes.legend(loc="upper left", fontsize=8)
@@ -151,8 +151,8 @@ def occlusion_map(model: FusionModel, inputs: dict[str, torch.Tensor], predicted
     whole = {kind: values[None] for kind, values in inputs.items()}
     before = log_odds(whole)
     spectrum = whole["spectrum"]
-    basis, mean = make_continuum_basis(), model.spectrum_mean.cpu()
-    ordinary = spectrum - remove_continuum(spectrum, basis) + mean  # this star's continuum, mean bands
+    # this star's continuum, mean bands
+    ordinary = spectrum - remove_continuum(spectrum, model.continuum_basis) + model.spectrum_mean
     centres, losses = [], []
     for start in range(0, data.SPECTRUM_LENGTH - WINDOW + 1, STEP):
         piece = slice(start, start + WINDOW)
@@ -258,7 +258,7 @@ def draw(args: argparse.Namespace) -> None:
     if not chosen:
         save(draw_sheet(stars, args.data_dir), paths[0])
         return
-    model, checkpoint = load_checkpoint(args.checkpoint, torch.device("cpu")) if args.checkpoint else (None, {})
+    model, checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else (None, {})
     for star, path in zip(chosen, paths, strict=True):
         entry = read_files(args.data_dir, star)
         if entry.observed is None and entry.pixels is None:

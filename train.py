@@ -510,7 +510,7 @@ def begin_training(
         "optimizer": f"AdamW, weight decay {WEIGHT_DECAY}, {WARMUP_EPOCHS} epochs of warm-up, cosine, "
         f"gradients clipped at {MAX_GRADIENT_NORM}, the image encoder's apart, running mean of the weights over "
         f"{AVERAGE_SPAN:.0%} of the steps",
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": distributed.started_processes(),
         "csv_file": str(data.catalog_path(args.data_dir)),
         "image_dir": str(args.data_dir / "images"),
         "spectra_dir": str(args.data_dir / "spectra"),
@@ -696,7 +696,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.data_dir} is there already: its stars are used as they are; delete it for new ones")
         elif args.demo:
             simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = distributed.started_processes()
         if args.batch_size % processes:
             raise DataError(f"batches of {args.batch_size} stars cannot be shared by {processes} processes")
         prepared, not_used = read_stars(args.data_dir, args.modality, args.num_workers)

@@ -19,7 +19,7 @@ import outliers
 import show_history
 import show_star
 from data import DataError
-from model import FusionModel, save_checkpoint
+from model import FusionModel, make_continuum_basis, save_checkpoint
 from predict import read_files
 from train import Batch
 
@@ -155,6 +155,7 @@ class TiOClassifier(nn.Module):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1))
         self.spectrum_mean = torch.zeros(data.SPECTRUM_LENGTH)  # stars without bands
+        self.continuum_basis = make_continuum_basis()
         head = show_star.air_to_vacuum(7053)
         self.band = slice(*np.searchsorted(show_star.WAVELENGTH, (head, head + 60)))
 
