@@ -1,7 +1,9 @@
-"""What training changes in its stars from epoch to epoch: nothing that their subclass would depend on.
+"""What training changes in its stars from epoch to epoch.
 
-Images are turned and mirrored, or hidden; spectra are moved by a few pixels and get more noise. What happens to
-a star is drawn for all stars at once, so that it depends neither on the batches nor on the process.
+Each star is blended with another one of its own or of an adjacent subclass, and so is its label. All else changes
+nothing that the subclass depends on: images are turned and mirrored, or hidden; spectra are moved by a few pixels and
+get more noise. What happens to a star is drawn for all stars at once, so that it depends neither on the batches nor
+on the process.
 """
 
 import math
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from data import SPECTRUM_LENGTH
 
+MIN_SHARE = 0.5  # of a star in its blend
+SHARE_BITS = 7  # shares are multiples of 1/128, so that 16 bits hold what 8-bit images are blended in
 MAX_SHIFT = 2  # pixels of 69 km/s; stars of the disc move at up to about 100 km/s along the line of sight
 MAX_EXTRA_NOISE = 1.0  # in units of the star's own noise
 NOISE_TABLE = 2**20  # normal deviates, of which each star gets a piece: quicker than drawing as many for each
@@ -22,6 +26,8 @@ NOISE_STRIDE = 8  # of the pixels, every eighth is enough to estimate the noise 
 class Augmentation(NamedTuple):
     """What happens to each of N stars in one epoch."""
 
+    partners: Tensor  # (N,) which of the stars is blended in
+    shares: Tensor  # (N,) MIN_SHARE…1: of the star itself
     image_seen: Tensor  # (N,) bool: whether the Transformer sees the image
     symmetries: Tensor  # (N,) 0…7: how the image is turned and mirrored; the sky has no up and no left
     shifts: Tensor  # (N,) pixels towards the red
@@ -35,10 +41,17 @@ class Augmentation(NamedTuple):
         return Augmentation(*(part[positions] for part in parts), noise_table)
 
 
-def draw_augmentation(stars: int, image_dropout: float, *, seed: int, epoch: int) -> Augmentation:
-    """For so many stars, the image hidden of that fraction."""
-    generator = torch.Generator().manual_seed(seed + epoch)
+def draw_augmentation(classes: Tensor, image_dropout: float, *, seed: int, epoch: int) -> Augmentation:
+    """For stars of these classes (N,), the image hidden of that fraction."""
+    stars, generator = len(classes), torch.Generator().manual_seed(seed + epoch)
+    by_class = classes.argsort(stable=True)
+    first = torch.searchsorted(classes[by_class], classes - 1)
+    number = torch.searchsorted(classes[by_class], classes + 1, right=True) - first  # of adjacent classes, and its own
+    chosen = torch.rand(stars, generator=generator, dtype=torch.float64) * number
     return Augmentation(
+        partners=by_class[first + chosen.long()],
+        shares=torch.randint(round(MIN_SHARE * 2**SHARE_BITS), 2**SHARE_BITS + 1, (stars,), generator=generator)
+        / 2**SHARE_BITS,
         image_seen=torch.rand(stars, generator=generator) >= image_dropout,
         symmetries=torch.randint(8, (stars,), generator=generator),
         shifts=torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (stars,), generator=generator),
@@ -46,6 +59,28 @@ def draw_augmentation(stars: int, image_dropout: float, *, seed: int, epoch: int
         noise_starts=torch.randint(NOISE_TABLE - SPECTRUM_LENGTH + 1, (stars,), generator=generator),
         noise_table=torch.randn(NOISE_TABLE, generator=torch.Generator().manual_seed(seed)),
     )
+
+
+def blend(own: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+    """(N, L): of each star its share (N,), of its partner the rest.
+
+    Mixup (Zhang et al. 2018) where a mixture is something that exists: subclasses follow each other without a step, and
+    what is blended of an M2 and an M3 is the spectrum of a star between the two, or of a close pair.
+    """
+    return torch.lerp(partners.to(shares.dtype), own.to(shares.dtype), shares[:, None])
+
+
+def blend_images(own: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+    """The same of images (N, 3, H, H), uint8: in integers, and image by image, which stay in the processor's cache."""
+    blended = torch.empty_like(own)
+    weights = (shares * 2**SHARE_BITS).to(torch.int16).numpy()
+    for image, partner, weight, target in zip(own.numpy(), partners.numpy(), weights, blended.numpy(), strict=True):
+        mixture = image * weight
+        mixture += partner * (2**SHARE_BITS - weight)
+        mixture += 2 ** (SHARE_BITS - 1)  # to the nearest integer
+        mixture >>= SHARE_BITS
+        target[:] = mixture
+    return blended
 
 
 def turn_images(images: Tensor, symmetries: Tensor) -> Tensor:

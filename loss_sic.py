@@ -30,10 +30,12 @@ def loss_sic(
     """sic_weight · contrastive loss + cross-entropy of the classes; the paper's loss has both defaults.
 
     align_logits: (B, B), or None for a model of one modality, which has no contrastive term.
-    fuse_logits: (B, num_classes); targets: (B,) class indices, on the same device.
+    fuse_logits: (B, num_classes); targets, on the same device: (B,) class indices, or (B, num_classes) the shares of
+        the classes in blended stars, which count for the contrast as of the class of the largest share.
     """
     classification = F.cross_entropy(fuse_logits, targets)
     if align_logits is None or sic_weight == 0:
         return classification
-    classes = None if same_class_negatives else targets
-    return sic_weight * contrastive_loss(align_logits, classes) + classification
+    if targets.dim() == 2:
+        targets = targets.argmax(dim=1)
+    return sic_weight * contrastive_loss(align_logits, None if same_class_negatives else targets) + classification

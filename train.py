@@ -39,7 +39,14 @@ import data
 import distributed
 import history
 import outliers
-from augmentation import Augmentation, draw_augmentation, shift_and_add_noise, turn_images
+from augmentation import (
+    Augmentation,
+    blend,
+    blend_images,
+    draw_augmentation,
+    shift_and_add_noise,
+    turn_images,
+)
 from cache import PreparedStars, read_stars
 from data import CLASS_NAMES, DataError, Star
 from evaluation import Evaluation, print_scores
@@ -160,7 +167,7 @@ class Batch(NamedTuple):
     spectra: Tensor | None  # (B, 3522) float32
     images: Tensor | None  # (B, 3, 128, 128) uint8
     image_seen: Tensor | None  # (B,) bool: whether the Transformer sees the image; None: of all stars
-    targets: Tensor  # (B,) int64
+    targets: Tensor  # (B,) int64; of blended stars (B, 5), the shares of the classes
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
@@ -178,18 +185,25 @@ class StarDataset(Dataset):
         return len(self.indices)
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        chosen = self.indices[positions]
-        spectra, images, targets = self.prepared.spectra, self.prepared.images, self.prepared.targets
-        spectra = None if spectra is None else spectra[chosen]
-        images = None if images is None else images[chosen]
+        batch = self.read(positions)
         if self.augmentation is None:
-            return Batch(spectra, images, None, targets[chosen])
+            return batch
         augmentation = self.augmentation.of(positions)
+        partners, shares = self.read(augmentation.partners), augmentation.shares
+        spectra, images = batch.spectra, batch.images
         if spectra is not None:
-            spectra = shift_and_add_noise(spectra, augmentation)
+            spectra = shift_and_add_noise(blend(spectra, partners.spectra, shares), augmentation)
         if images is not None:
-            images = turn_images(images, augmentation.symmetries)
-        return Batch(spectra, images, augmentation.image_seen, targets[chosen])
+            images = turn_images(blend_images(images, partners.images, shares), augmentation.symmetries)
+        labels = [nn.functional.one_hot(part.targets, len(CLASS_NAMES)) for part in (batch, partners)]
+        return Batch(spectra, images, augmentation.image_seen, blend(*labels, shares))
+
+    def read(self, positions: list[int] | Tensor) -> Batch:
+        """These stars as they are."""
+        chosen, prepared = self.indices[positions], self.prepared
+        spectra = None if prepared.spectra is None else prepared.spectra[chosen]
+        images = None if prepared.images is None else prepared.images[chosen]
+        return Batch(spectra, images, None, prepared.targets[chosen])
 
 
 def make_loader(prepared: PreparedStars, indices: np.ndarray, batch_size: int) -> DataLoader:
@@ -219,11 +233,13 @@ class TrainingLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, number: int) -> DataLoader:
+    def epoch(self, number: int, *, augmented: bool = True) -> DataLoader:
+        """The batches of one epoch; without augmentation, the same stars as they are."""
         self.sampler.set_epoch(number)
-        self.dataset.augmentation = draw_augmentation(
-            len(self.dataset), self.image_dropout, seed=self.seed, epoch=number
-        )
+        self.dataset.augmentation = None
+        if augmented:
+            classes = self.dataset.prepared.targets[self.dataset.indices]
+            self.dataset.augmentation = draw_augmentation(classes, self.image_dropout, seed=self.seed, epoch=number)
         return self.loader
 
 
@@ -447,7 +463,7 @@ def fit(
         now = f"epoch {epoch}/{epochs}"
         loader = train_loader.epoch(epoch)
         train_loss = train_one_epoch(trained, loader, optimizer, scheduler, update_average, now)
-        measure_batch_norm(validated, loader)
+        measure_batch_norm(validated, train_loader.epoch(epoch, augmented=False))
         validation = evaluate(validated, val_loader, f"{now}, validating")
         if not math.isfinite(train_loss + validation.loss):
             raise DataError(

@@ -69,6 +69,7 @@ ABLATIONS = {
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
+    "without blended stars": patch.object(augmentation, "MIN_SHARE", 1.0),
     "without shifted spectra": patch.object(augmentation, "MAX_SHIFT", 0),
     "without added noise": patch.object(augmentation, "MAX_EXTRA_NOISE", 0.0),
     "gradients clipped together": patch.object(train, "parameter_groups", lambda network: [list(network.parameters())]),

@@ -6,7 +6,10 @@ import torch
 from augmentation import (
     MAX_EXTRA_NOISE,
     MAX_SHIFT,
+    MIN_SHARE,
     NOISE_TABLE,
+    blend,
+    blend_images,
     draw_augmentation,
     estimate_noise,
     shift_and_add_noise,
@@ -16,7 +19,7 @@ from data import SPECTRUM_LENGTH
 
 
 def test_each_star_gets_its_own_of_all_that_can_happen():
-    augmentation = draw_augmentation(4000, 0.3, seed=0, epoch=1)
+    augmentation = draw_augmentation(torch.zeros(4000, dtype=torch.int64), 0.3, seed=0, epoch=1)
     assert augmentation.image_seen.float().mean() == pytest.approx(0.7, abs=0.03)
     assert augmentation.symmetries.bincount().tolist() == pytest.approx([500] * 8, rel=0.2)
     shifts, counts = augmentation.shifts.unique(return_counts=True)
@@ -25,6 +28,36 @@ def test_each_star_gets_its_own_of_all_that_can_happen():
     assert augmentation.noise_starts.max() + SPECTRUM_LENGTH <= NOISE_TABLE
     some = augmentation.of([5, 3])
     assert torch.equal(some.symmetries, augmentation.symmetries[[5, 3]])
+
+
+def test_a_partner_is_any_star_of_the_own_or_an_adjacent_class():
+    classes = torch.randint(5, (5000,), generator=torch.Generator().manual_seed(0))
+    augmentation = draw_augmentation(classes, 0.5, seed=0, epoch=1)
+    for k in range(5):
+        adjacent = (classes - k).abs() <= 1
+        found = classes[augmentation.partners[classes == k]]
+        expected = classes[adjacent].bincount(minlength=5) / adjacent.sum()
+        assert torch.allclose(found.bincount(minlength=5) / len(found), expected, atol=0.05)
+        assert (expected == 0).equal(found.bincount(minlength=5) == 0)
+    assert len(augmentation.partners.unique()) > 3000  # of 5000 drawn, 1 - 1/e are different
+    assert augmentation.shares.min() == MIN_SHARE and augmentation.shares.max() == 1
+    assert augmentation.shares.mean() == pytest.approx((1 + MIN_SHARE) / 2, abs=0.01)
+
+
+def test_a_blend_has_its_share_of_each():
+    own, partners = torch.tensor([[0, 200], [10, 10]]), torch.tensor([[100, 0], [30, 10]])
+    assert torch.equal(blend(own, partners, torch.tensor([0.75, 0.5])), torch.tensor([[25.0, 150.0], [20.0, 10.0]]))
+
+
+def test_images_are_blended_as_spectra_are_to_the_nearest_integer():
+    random = torch.Generator().manual_seed(0)
+    own, partners = torch.randint(256, (2, 65, 3, 8, 8), dtype=torch.uint8, generator=random)
+    own[0], partners[0] = 255, 255
+    shares = torch.arange(64, 129) / 128
+    expected = blend(own.flatten(1), partners.flatten(1), shares)
+    blended = blend_images(own, partners, shares)
+    assert blended.dtype == torch.uint8 and (blended.flatten(1) - expected).abs().max() <= 0.5
+    assert torch.equal(blended[-1], own[-1])
 
 
 def test_images_are_turned_and_mirrored_in_eight_ways():
@@ -50,7 +83,7 @@ def test_spectra_are_moved_and_get_noise_in_proportion_to_their_own():
     own = torch.tensor([0.0, 0.01]).repeat_interleave(100)[:, None]
     spectra = 1 + own * torch.randn(200, SPECTRUM_LENGTH, generator=random)
     spectra[:, 1000:] += 10
-    augmentation = draw_augmentation(200, 0.5, seed=0, epoch=1)
+    augmentation = draw_augmentation(torch.zeros(200, dtype=torch.int64), 0.5, seed=0, epoch=1)
     changed = shift_and_add_noise(spectra, augmentation)
     assert torch.equal(changed.diff().argmax(dim=1) + 1, 1000 + augmentation.shifts)
     moved = shift_and_add_noise(spectra, augmentation._replace(noise_levels=torch.zeros(200)))

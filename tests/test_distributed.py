@@ -56,7 +56,7 @@ def work(path: Path) -> None:
         figures |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
         optimizer, scheduler = train.make_optimizer(model, 1e-4, epochs=2, steps_per_epoch=len(loader))
         figures["epoch"] = train.train_one_epoch(trained, loader.epoch(2), optimizer, scheduler, lambda: None, "")
-        train.measure_batch_norm(engine, loader.epoch(2))
+        train.measure_batch_norm(engine, loader.epoch(2, augmented=False))
         validation = train.evaluate(engine, train.make_loader(prepared, np.arange(60, 97), BATCH_SIZE))
         figures |= {"validation": validation.loss, "scores": validation.scores()}
     if distributed.rank() == 0:

@@ -159,6 +159,14 @@ def test_loss_is_the_papers_formula():
     assert loss_sic(align, fuse, targets).item() == pytest.approx(expected.item(), abs=1e-6)
     assert loss_sic(align, fuse, targets, sic_weight=0.0).item() == pytest.approx(classes.item(), abs=1e-6)
     assert loss_sic(None, fuse, targets).item() == pytest.approx(classes.item(), abs=1e-6)
+    shares = torch.nn.functional.one_hot(targets, 5).float()
+    for same_class_negatives in (True, False):
+        both = (loss_sic(align, fuse, t, same_class_negatives=same_class_negatives) for t in (targets, shares))
+        assert next(both).item() == pytest.approx(next(both).item(), abs=1e-6)
+    blended = 0.7 * classes + 0.3 * loss_sic(None, fuse, targets.roll(1))
+    assert loss_sic(None, fuse, 0.7 * shares + 0.3 * shares.roll(1, 0)).item() == pytest.approx(
+        blended.item(), abs=1e-6
+    )
 
 
 def test_stars_of_ones_own_class_need_not_be_negatives():

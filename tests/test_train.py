@@ -25,6 +25,7 @@ from astropy.io import fits
 from common import command, heed_ctrl_c, run_script
 from PIL import Image
 
+import augmentation
 import cache
 import data
 import history
@@ -619,6 +620,7 @@ def test_scores_are_weighted_by_class_frequency():
 
 def test_losses_are_averaged_over_stars_not_batches(monkeypatch):
     monkeypatch.setattr(train, "shift_and_add_noise", lambda spectra, augmentation: spectra)
+    monkeypatch.setattr(augmentation, "MIN_SHARE", 1.0)
     torch.manual_seed(0)
     model = train.FusionModel(modality="spectrum", num_layers=1, dropout=0.0)
     prepared = many_stars(5)._replace(spectra=torch.rand(25, data.SPECTRUM_LENGTH))
@@ -654,6 +656,27 @@ def test_stars_are_augmented_for_training_alone_and_anew_in_each_epoch():
     batch, other, again = (next(iter(loader.epoch(epoch))) for epoch in (1, 2, 1))
     assert all(not torch.equal(one, two) for one, two in zip(batch, other, strict=True))
     assert all(torch.equal(one, two) for one, two in zip(batch, again, strict=True))
+    plain = next(iter(loader.epoch(1, augmented=False)))
+    assert plain.image_seen is None and torch.equal(plain.targets, batch.targets.argmax(dim=1))  # in the same order
+    assert torch.isin(plain.spectra[:, 0], prepared.spectra[:, 0]).all()
+
+
+def test_label_spectrum_and_image_of_a_blend_have_the_same_shares(monkeypatch):
+    monkeypatch.setattr(augmentation, "MAX_SHIFT", 0)
+    monkeypatch.setattr(augmentation, "MAX_EXTRA_NOISE", 0.0)
+    prepared = many_stars(40)
+    value = 20 * prepared.targets
+    prepared = prepared._replace(
+        spectra=value[:, None].expand(-1, data.SPECTRUM_LENGTH).float(),
+        images=value.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).to(torch.uint8),
+    )
+    loader = train.TrainingLoader(prepared, np.arange(200), 200, seed=0, image_dropout=0.3)
+    batch = next(iter(loader.epoch(1)))
+    expected = 20 * batch.targets @ torch.arange(5.0)
+    assert torch.allclose(batch.targets.sum(dim=1), torch.ones(200))
+    assert (batch.targets > 0).sum(dim=1).max() == 2 and (batch.targets.max(dim=1).values >= 0.5).all()
+    assert torch.allclose(batch.spectra, expected[:, None], atol=1e-4)
+    assert torch.equal(batch.images, (expected + 0.5).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8))
 
 
 def test_the_best_epoch_is_the_latest_that_validation_cannot_tell_from_the_best():
