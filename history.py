@@ -155,7 +155,7 @@ def plot_training(path: Path, record: dict) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     figure.suptitle(f"{config['training_id']}: {config['modality']}, {config['stars']}")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, metrics["train_loss"], "o-", label="training")
+    left.plot(epochs, metrics["train_loss"], "o-", label="training (augmented stars)")
     left.plot(epochs, metrics["val_loss"], "o-", label="validation")
     left.set(xlabel="epoch", ylabel="loss")
     for name, marker in (("accuracy", "o"), ("precision", "s"), ("recall", "^"), ("f1", "D")):
