@@ -16,9 +16,9 @@ from torch import Tensor
 from data import SPECTRUM_LENGTH
 
 MIN_SHARE = 0.5  # of a star in its blend
-SHARE_BITS = 7  # shares are multiples of 1/128, so that 16 bits hold what 8-bit images are blended in
+SHARE_BITS = 7  # shares are multiples of 1/128: blends of 8-bit images fit into 16 bits, as 255 · 128 + 64 < 2¹⁵
 MAX_SHIFT = 2  # pixels of 69 km/s; stars of the disc move at up to about 100 km/s along the line of sight
-MAX_EXTRA_NOISE = 1.0  # in units of the star's own noise
+MAX_EXTRA_NOISE = 1.0  # in units of the noise that the spectrum has, as blended
 NOISE_TABLE = 2**20  # normal deviates, of which each star gets a piece: quicker than drawing as many for each
 NOISE_STRIDE = 8  # of the pixels, every eighth is enough to estimate the noise from
 
@@ -31,7 +31,7 @@ class Augmentation(NamedTuple):
     image_seen: Tensor  # (N,) bool: whether the Transformer sees the image
     symmetries: Tensor  # (N,) 0…7: how the image is turned and mirrored; the sky has no up and no left
     shifts: Tensor  # (N,) pixels towards the red
-    noise_levels: Tensor  # (N,) of the noise added, in units of the star's own
+    noise_levels: Tensor  # (N,) of the noise added, in units of what the spectrum has, as blended
     noise_starts: Tensor  # (N,) where that noise begins in the table
     noise_table: Tensor  # (NOISE_TABLE,), of all stars
 
@@ -46,10 +46,10 @@ def draw_augmentation(classes: Tensor, image_dropout: float, *, seed: int, epoch
     stars, generator = len(classes), torch.Generator().manual_seed(seed + epoch)
     by_class = classes.argsort(stable=True)
     first = torch.searchsorted(classes[by_class], classes - 1)
-    number = torch.searchsorted(classes[by_class], classes + 1, right=True) - first  # of adjacent classes, and its own
-    chosen = torch.rand(stars, generator=generator, dtype=torch.float64) * number
+    end = torch.searchsorted(classes[by_class], classes + 1, right=True)
+    place = torch.rand(stars, generator=generator, dtype=torch.float64)  # float32 could be rounded up to `end`
     return Augmentation(
-        partners=by_class[first + chosen.long()],
+        partners=by_class[first + (place * (end - first)).long()],
         shares=torch.randint(round(MIN_SHARE * 2**SHARE_BITS), 2**SHARE_BITS + 1, (stars,), generator=generator)
         / 2**SHARE_BITS,
         image_seen=torch.rand(stars, generator=generator) >= image_dropout,
@@ -62,7 +62,7 @@ def draw_augmentation(classes: Tensor, image_dropout: float, *, seed: int, epoch
 
 
 def blend(own: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
-    """(N, L): of each star its share (N,), of its partner the rest.
+    """Of each star (N, L) its share (N,), and the rest of its partner.
 
     Mixup (Zhang et al. 2018) where a mixture is something that exists: subclasses follow each other without a step, and
     what is blended of an M2 and an M3 is the spectrum of a star between the two, or of a close pair.
@@ -71,7 +71,7 @@ def blend(own: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
 
 
 def blend_images(own: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
-    """The same of images (N, 3, H, H), uint8: in integers, and image by image, which stay in the processor's cache."""
+    """The same of images (N, 3, H, H), uint8: in integers, one at a time so that they stay in the processor's cache."""
     blended = torch.empty_like(own)
     weights = (shares * 2**SHARE_BITS).to(torch.int16).numpy()
     for image, partner, weight, target in zip(own.numpy(), partners.numpy(), weights, blended.numpy(), strict=True):

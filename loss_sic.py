@@ -31,7 +31,8 @@ def loss_sic(
 
     align_logits: (B, B), or None for a model of one modality, which has no contrastive term.
     fuse_logits: (B, num_classes); targets, on the same device: (B,) class indices, or (B, num_classes) the shares of
-        the classes in blended stars, which count for the contrast as of the class of the largest share.
+        the classes in blended stars; for the contrast, such a star belongs to the class with the largest share, of
+        equal ones the first.
     """
     classification = F.cross_entropy(fuse_logits, targets)
     if align_logits is None or sic_weight == 0:

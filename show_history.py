@@ -137,7 +137,7 @@ def plot_curves(path: Path, runs: list[dict]) -> None:
             values = curve(run, name)
             axes.plot(range(1, len(values) + 1), values, style, color=f"C{k}", markersize=3, label=label)
     left.set(xlabel="epoch", ylabel="loss (compares at one batch size only)")
-    left.set_title("dotted: training, full: validation")
+    left.set_title("dotted: training (augmented stars), full: validation")
     right.set(xlabel="epoch", ylabel="validation F1 (weighted)", ylim=(0, 1.02))
     if len({scored_on(run) for run in runs}) > 1 or scored_on(runs[0]) is None:
         right.set_title("not scored on the same stars: these do not compare")

@@ -167,7 +167,7 @@ class Batch(NamedTuple):
     spectra: Tensor | None  # (B, 3522) float32
     images: Tensor | None  # (B, 3, 128, 128) uint8
     image_seen: Tensor | None  # (B,) bool: whether the Transformer sees the image; None: of all stars
-    targets: Tensor  # (B,) int64; of blended stars (B, 5), the shares of the classes
+    targets: Tensor  # (B,) int64, class indices; of augmented stars (B, 5) float32, the shares of the classes
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
@@ -234,7 +234,7 @@ class TrainingLoader:
         return len(self.loader)
 
     def epoch(self, number: int, *, augmented: bool = True) -> DataLoader:
-        """The batches of one epoch; without augmentation, the same stars as they are."""
+        """The batches of one epoch, until the next call; without augmentation, the same stars as they are."""
         self.sampler.set_epoch(number)
         self.dataset.augmentation = None
         if augmented:
@@ -327,7 +327,8 @@ class Engine(NamedTuple):
 def measure_batch_norm(engine: Engine, loader: DataLoader) -> None:
     """Set the means and variances of the network's batch norms to those of a few batches.
 
-    An average over steps of what other weights gave, as in training, is not what these weights give.
+    An average over steps of what other weights gave, as in training, is not what these weights give. The batches
+    must be of stars as they are: blended images vary less than those that will be classified.
     """
     if engine.model.image_encoder is not None:
         batches = engine.batches(itertools.islice(loader, BATCH_NORM_BATCHES), "batch norms")

@@ -143,7 +143,7 @@ def read_all(batches: Iterable) -> None:
 
 
 def training_batches(prepared: PreparedStars, indices: np.ndarray) -> DataLoader:
-    """The batches of an epoch of training: shuffled, images turned, spectra moved and with noise."""
+    """The batches of an epoch of training: shuffled, stars blended, images turned, spectra moved and with noise."""
     return train.TrainingLoader(prepared, indices, BATCH_SIZE, seed=0, image_dropout=0.5).epoch(1)
 
 

@@ -1,4 +1,4 @@
-"""What training changes in its stars, and that it leaves what tells their subclass."""
+"""What training changes in its stars, and that a label changes only with its star."""
 
 import pytest
 import torch
