@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from common import run_script
 
+import data
 from simulate_sdss_data import simulate
 
 
@@ -64,3 +66,36 @@ def test_download_speed_keeps_to_its_connections(tmp_path):
 def test_accuracy_asks_which_stars_to_score_on(stars_dir):
     done = run_script("benchmarks/accuracy.py", "--data-dir", stars_dir)
     assert done.returncode == 2 and "--test-dir DIR or --test-split FRACTION" in done.stderr
+
+
+def test_template_stars_follow_the_templates(tmp_path):
+    """Templates of a known band: its depth in the stars' spectra is that of their subclass."""
+    loglam = np.arange(35_500, 39_701) / data.PIXELS_PER_DEX
+    in_band = np.abs(10**loglam - 7100) < 60
+    templates = {"loglam": loglam}
+    for subclass in range(6):
+        for metallicity in ("-0.5", "+0.0", "+0.5"):
+            flux = np.where(in_band, 1 - 0.15 * subclass, 1.0)
+            flux[:123] = np.nan  # as the real ones, where no star has flux
+            templates[f"M{subclass}_{metallicity}_flux"] = flux
+    del templates["M4_-0.5_flux"]  # which is not among the real ones
+    np.savez(tmp_path / "templates.npz", **templates)
+
+    options = ["--per-class", 12, "--min-snr", 50, "--max-snr", 60, "--quiet"]
+    done = run_script("benchmarks/template_stars.py", tmp_path / "templates.npz", tmp_path / "stars", *options)
+    assert done.returncode == 0, done.stderr
+    stars, _ = data.read_catalog(data.catalog_path(tmp_path / "stars"))
+    assert len(stars) == 60 and all(star.simulated for star in stars)
+    wavelength = 10 ** ((data.FIRST_PIXEL + np.arange(data.SPECTRUM_LENGTH)) / data.PIXELS_PER_DEX)
+    band, beside = np.abs(wavelength - 7100) < 50, (np.abs(wavelength - 7100) > 70) & (np.abs(wavelength - 7100) < 120)
+    for star in stars:
+        spectrum = data.load_spectrum(tmp_path / "stars", star)
+        depth = 1 - spectrum[band].mean() / spectrum[beside].mean()
+        assert abs(depth / 0.15 - int(star.subclass[1])) < 0.6, star
+
+
+def test_template_stars_names_what_a_file_of_templates_lacks(tmp_path):
+    np.savez(tmp_path / "templates.npz", loglam=np.arange(3))
+    done = run_script("benchmarks/template_stars.py", tmp_path / "templates.npz", tmp_path / "stars")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "templates.npz: no M0_-0.5_flux" in done.stderr and not (tmp_path / "stars").exists()
