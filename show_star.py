@@ -109,7 +109,7 @@ def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> No
         axes.plot(WAVELENGTH, flat, color="black", linewidth=0.5, label="what the network compares")
         mean = model.spectrum_mean
         axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.2, label="with the mean of the training stars")
-        axes.set_ylabel("flux / median, less its cubic")
+        axes.set_ylabel("flux / median, less its continuum")
     axes.legend(loc="upper left", fontsize=8)
 
 
