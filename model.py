@@ -35,7 +35,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Slopes and bends over the whole window are mostly reddening and flux calibration, far larger than what
 # tells subclasses apart; polynomials of this degree hold them.
-CONTINUUM_DEGREE = 4
+CONTINUUM_DEGREE = 3
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
 
 MODALITIES = ("fusion", "spectrum", "image")

@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py --data-dir simulated --test-dir others     score on other stars
     python benchmarks/accuracy.py --data-dir . --test-split 0.2              real stars, a fifth of them held out
     python benchmarks/accuracy.py --data-dir . --test-split 0.2 --methods "PCA + LDA" "random forest"
+    python benchmarks/accuracy.py --data-dir . --test-split 0.2 --modality spectrum --methods "without added noise"
 
 Every method gets the same prepared stars and, seed by seed, the same stratified split: it learns from
 the training stars, and is scored on stars that chose nothing: those of --test-dir, or the part that
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -35,6 +37,8 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
@@ -45,7 +49,14 @@ import train  # noqa: E402
 from cache import PreparedStars, read_stars  # noqa: E402
 from evaluation import Evaluation  # noqa: E402
 from history import run_paths  # noqa: E402
-from model import IMAGE_BACKBONES, FusionModel, load_checkpoint, make_continuum_basis, remove_continuum  # noqa: E402
+from model import (  # noqa: E402
+    IMAGE_BACKBONES,
+    MODALITIES,
+    FusionModel,
+    load_checkpoint,
+    make_continuum_basis,
+    remove_continuum,
+)
 
 
 def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
@@ -55,17 +66,35 @@ def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
     self.spectrum_std.fill_(spectra.std())
 
 
+class WithoutPositions(FusionModel):
+    """The position embeddings are zero, and stay so."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        torch.nn.init.zeros_(self.position_embedding).requires_grad_(False)
+
+
+def constant_adam(network: FusionModel, *_: float) -> tuple[Optimizer, LRScheduler]:
+    """In place of train.make_optimizer: the earlier reproduction's optimiser."""
+    optimizer = torch.optim.Adam([{"params": group} for group in train.parameter_groups(network)], lr=1e-4)
+    return optimizer, LambdaLR(optimizer, lambda step: 1.0)
+
+
 # Each network is train.py with these options.
 NETWORKS = {
-    "FusionModel": [],
+    "FusionModel": ["--modality", "fusion"],
     "spectra only": ["--modality", "spectrum"],
     "images only": ["--modality", "image"],
-    "without the SIC term": ["--sic-weight", "0"],
+    "without the SIC term": ["--modality", "fusion", "--sic-weight", "0"],
 }
 # Each ablation leaves one part of the recipe out, or takes the paper's form for it.
 ABLATIONS = {
     "contrast with other classes only": ["--sic-negatives", "other-classes"],
     "learning rate 1e-4": ["--learning-rate", "1e-4"],
+    "Adam at a constant 1e-4": patch.object(train, "make_optimizer", constant_adam),
+    "in float32": ["--precision", "fp32"],
+    "without position embeddings": patch.object(train, "FusionModel", WithoutPositions),
+    "cubic continuum": patch.object(model, "CONTINUUM_DEGREE", 3),
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
@@ -157,6 +186,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=number(int, 1, 10**6), default=20, help="of the networks")
     add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="of the networks")
     add("--image-weights", metavar="{imagenet,none,PATH}", default="none", help="of the networks")
+    add("--modality", choices=MODALITIES, default="fusion", help="what the ablations leave one part out of: the whole "
+        "network, or, much quicker, that of one input")  # fmt: skip
     add("--methods", nargs="+", choices=[*usual, *ABLATIONS], metavar="NAME", default=usual,
         help="some of: " + ", ".join([*usual, *ABLATIONS]))  # fmt: skip
     add("--num-workers", type=number(int, 0, 256), default=2, help="processes that read the stars' files")
@@ -197,7 +228,7 @@ def run_network(
         options = train.parse_arguments(
             [
                 *("--output-dir", directory, "--seed", str(seed), "--epochs", str(args.epochs)),
-                *("--state-interval", "1e6"),
+                *("--state-interval", "1e6", "--modality", args.modality),
                 *("--validation-split", str(args.validation_split), "--test-split", str(args.test_split)),
                 *("--image-backbone", args.image_backbone, "--image-weights", args.image_weights),
                 *(change if isinstance(change, list) else []),

@@ -19,9 +19,9 @@ def stars_dir(tmp_path_factory):
 
 def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_dir, tmp_path):
     methods = ["LDA on 32 band means", "χ² fit to class means", "random forest on image colours"]
-    networks = ["spectra only", "without averaged weights"]
+    networks = ["spectra only", "without averaged weights", "without position embeddings", "Adam at a constant 1e-4"]
     options = ["--data-dir", stars_dir, "--test-split", "0.25", "--seeds", "1", "--epochs", "1"]
-    options += ["--image-backbone", "resnet18", "--output-dir", tmp_path]
+    options += ["--modality", "spectrum", "--output-dir", tmp_path]
     done = run_script("benchmarks/accuracy.py", *options, "--methods", *methods, *networks)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))
