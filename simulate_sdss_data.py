@@ -166,6 +166,11 @@ BAND_WAVELENGTHS = (3543, 4770, 6231, 7625, 9134)  # Å, u g r i z
 BAND_EXTINCTION = (4.239, 3.303, 2.285, 1.698, 1.263)  # A / E(B−V) in u g r i z (Schlafly & Finkbeiner 2011)
 
 
+def extinction_curve(loglam: np.ndarray) -> np.ndarray:
+    """A / E(B−V), linear in 1/wavelength between the bands."""
+    return np.interp(1 / 10**loglam, 1 / np.array(BAND_WAVELENGTHS[::-1]), BAND_EXTINCTION[::-1])
+
+
 def draw_magnitudes(
     subtype: float, metallicity: float, reddening: float, r: float, rng: np.random.Generator
 ) -> np.ndarray:
@@ -247,8 +252,7 @@ def observe_spectrum(target: Target, rng: np.random.Generator) -> Observation:
     loglam, dispersion = spectrograph.loglam, spectrograph.dispersion
     rest = gaussian_filter1d(rest, 2 * np.sqrt(dispersion**2 - LINE_SPREAD**2), mode="nearest")
     shape = np.interp(loglam - np.log10(1 + redshift), REST_LOGLAM, rest)
-    extinction = np.interp(1 / 10**loglam, 1 / np.array(BAND_WAVELENGTHS[::-1]), BAND_EXTINCTION[::-1])
-    shape *= 10 ** (-0.4 * reddening * extinction)
+    shape *= 10 ** (-0.4 * reddening * extinction_curve(loglam))
 
     flux = shape * spectrograph.brightness(shape, target.snr)
     in_r = np.abs(10**loglam - 6200) < 690

@@ -75,7 +75,7 @@ class WithoutPositions(FusionModel):
 
 
 def constant_adam(network: FusionModel, *_: float) -> tuple[Optimizer, LRScheduler]:
-    """In place of train.make_optimizer: the earlier reproduction's optimiser."""
+    """In place of train.make_optimizer: no weight decay, warm-up or cosine; clipping and running mean stay."""
     optimizer = torch.optim.Adam([{"params": group} for group in train.parameter_groups(network)], lr=1e-4)
     return optimizer, LambdaLR(optimizer, lambda step: 1.0)
 
@@ -94,7 +94,6 @@ ABLATIONS = {
     "Adam at a constant 1e-4": patch.object(train, "make_optimizer", constant_adam),
     "in float32": ["--precision", "fp32"],
     "without position embeddings": patch.object(train, "FusionModel", WithoutPositions),
-    "cubic continuum": patch.object(model, "CONTINUUM_DEGREE", 3),
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
@@ -107,6 +106,16 @@ ABLATIONS = {
     "attention as in ViLT at the start": patch.multiple(model, ATTENTION_STD=0.02, POSITION_STD=0.02),
     "one mean for all wavelengths": patch.object(FusionModel, "fit_normalisation", fit_one_mean),
 }
+# What is no part of the network of one input, so that leaving it out there leaves out nothing.
+OF_BOTH = {"contrast with other classes only", "without image dropout", "gradients clipped together"}
+OF_IMAGES = {"without turned images", "residual blocks begin at random"}
+OF_SPECTRA = {
+    "with the continuum",
+    "without shifted spectra",
+    "without added noise",
+    "one mean for all wavelengths",
+}
+IDLE = {"fusion": set(), "spectrum": OF_BOTH | OF_IMAGES, "image": OF_BOTH | OF_SPECTRA}
 WITHOUT_CONTINUUM = ", continuum removed"
 SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "within_one_subclass": "within ± 1"}
 
@@ -186,8 +195,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=number(int, 1, 10**6), default=20, help="of the networks")
     add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="of the networks")
     add("--image-weights", metavar="{imagenet,none,PATH}", default="none", help="of the networks")
-    add("--modality", choices=MODALITIES, default="fusion", help="what the ablations leave one part out of: the whole "
-        "network, or, much quicker, that of one input")  # fmt: skip
+    add("--modality", choices=MODALITIES, default="fusion", help="what the ablations leave one part out of: "
+        "FusionModel or, much quicker, the network of spectra only or of images only")  # fmt: skip
     add("--methods", nargs="+", choices=[*usual, *ABLATIONS], metavar="NAME", default=usual,
         help="some of: " + ", ".join([*usual, *ABLATIONS]))  # fmt: skip
     add("--num-workers", type=number(int, 0, 256), default=2, help="processes that read the stars' files")
@@ -195,6 +204,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.test_dir is None) == (args.test_split == 0):
         parser.error("say which stars to score on: --test-dir DIR or --test-split FRACTION, one of the two")
+    if idle := IDLE[args.modality].intersection(args.methods):
+        parser.error(f"{', '.join(sorted(idle))}: nothing to leave out with --modality {args.modality}")
     return args
 
 
@@ -237,9 +248,11 @@ def run_network(
         unread = {"spectrum": {"images": None}, "image": {"spectra": None}}.get(options.modality, {})
         with contextlib.nullcontext() if isinstance(change, list) else change:
             record = train.train(options, stars._replace(**unread), {})
-            device = train.choose_device("auto")
+            device = train.choose_device(options.device)
             path = run_paths(Path(directory), record["config"]["training_id"]).checkpoint
-            engine = train.Engine(load_checkpoint(path, device)[0], device, train.choose_precision("auto", device))
+            engine = train.Engine(
+                load_checkpoint(path, device)[0], device, train.choose_precision(options.precision, device)
+            )
             loaders = {
                 part: train.make_loader(parts[part], np.arange(len(parts[part].stars)), batch_size=64)
                 for part in ("validation", "test")
