@@ -74,7 +74,9 @@ class WithoutPositions(FusionModel):
         torch.nn.init.zeros_(self.position_embedding).requires_grad_(False)
 
 
-def constant_adam(network: FusionModel, *_: float) -> tuple[Optimizer, LRScheduler]:
+def constant_adam(
+    network: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int
+) -> tuple[Optimizer, LRScheduler]:
     """In place of train.make_optimizer: no weight decay, warm-up or cosine; clipping and running mean stay."""
     optimizer = torch.optim.Adam([{"params": group} for group in train.parameter_groups(network)], lr=1e-4)
     return optimizer, LambdaLR(optimizer, lambda step: 1.0)

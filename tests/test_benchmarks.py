@@ -2,12 +2,17 @@
 
 import json
 
+import accuracy
 import numpy as np
 import pytest
+import template_stars
+import torch
 from common import run_script
 
 import data
-from simulate_sdss_data import simulate
+import train
+from model import FusionModel
+from simulate_sdss_data import Target, simulate
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +24,9 @@ def stars_dir(tmp_path_factory):
 
 def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_dir, tmp_path):
     methods = ["LDA on 32 band means", "χ² fit to class means", "random forest on image colours"]
-    networks = ["spectra only", "without averaged weights", "without position embeddings", "Adam at a constant 1e-4"]
+    networks = ["images only", "without averaged weights"]
     options = ["--data-dir", stars_dir, "--test-split", "0.25", "--seeds", "1", "--epochs", "1"]
-    options += ["--modality", "spectrum", "--output-dir", tmp_path]
+    options += ["--modality", "spectrum", "--image-backbone", "resnet18", "--output-dir", tmp_path]
     done = run_script("benchmarks/accuracy.py", *options, "--methods", *methods, *networks)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))
@@ -68,34 +73,104 @@ def test_accuracy_asks_which_stars_to_score_on(stars_dir):
     assert done.returncode == 2 and "--test-dir DIR or --test-split FRACTION" in done.stderr
 
 
-def test_template_stars_follow_the_templates(tmp_path):
-    """Templates of a known band: its depth in the stars' spectra is that of their subclass."""
-    loglam = np.arange(35_500, 39_701) / data.PIXELS_PER_DEX
-    in_band = np.abs(10**loglam - 7100) < 60
-    templates = {"loglam": loglam}
-    for subclass in range(6):
-        for metallicity in ("-0.5", "+0.0", "+0.5"):
-            flux = np.where(in_band, 1 - 0.15 * subclass, 1.0)
-            flux[:123] = np.nan  # as the real ones, where no star has flux
-            templates[f"M{subclass}_{metallicity}_flux"] = flux
-    del templates["M4_-0.5_flux"]  # which is not among the real ones
-    np.savez(tmp_path / "templates.npz", **templates)
+def with_ablation(name: str, steps: int = 3) -> tuple[FusionModel, FusionModel, torch.optim.Optimizer]:
+    """A small network after a few steps of training with that part left out, its running mean, and the optimiser."""
+    with accuracy.ABLATIONS[name]:
+        network = train.FusionModel(modality="spectrum", hidden_size=64, num_layers=1)
+        optimizer, scheduler = train.make_optimizer(network, 1e-3, epochs=1, steps_per_epoch=steps)
+        averaged, update_average = train.running_mean(network, steps)
+        for _ in range(steps):
+            _, logits = network(torch.randn(4, data.SPECTRUM_LENGTH), None)
+            logits.square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+            update_average()
+    return network, averaged, optimizer
 
-    options = ["--per-class", 12, "--min-snr", 50, "--max-snr", 60, "--quiet"]
-    done = run_script("benchmarks/template_stars.py", tmp_path / "templates.npz", tmp_path / "stars", *options)
+
+def test_ablations_leave_out_what_they_name():
+    network, averaged, optimizer = with_ablation("without position embeddings")
+    assert not network.position_embedding.any() and not averaged.position_embedding.any()
+    assert network.cls_token.any() and optimizer.param_groups[0]["lr"] < 1e-3
+    network, averaged, optimizer = with_ablation("Adam at a constant 1e-4")
+    assert type(optimizer) is torch.optim.Adam and {group["lr"] for group in optimizer.param_groups} == {1e-4}
+    assert network.position_embedding.any()
+
+
+def test_accuracy_refuses_to_leave_out_what_is_not_there(stars_dir):
+    options = ["--data-dir", stars_dir, "--test-split", "0.2", "--modality", "spectrum"]
+    done = run_script("benchmarks/accuracy.py", *options, "--methods", "without turned images")
+    assert done.returncode == 2 and "without turned images: nothing to leave out" in done.stderr
+
+
+LOGLAM = np.arange(35_500, 39_701) / data.PIXELS_PER_DEX
+
+
+@pytest.fixture
+def templates_file(tmp_path):
+    """Flat spectra with two bands: one at 7100 Å, of a depth that tells the subclass, one at 8000 Å of metallicity."""
+    arrays = {"loglam": LOGLAM}
+    for subclass in range(6):
+        for metallicity in (0.0, 0.5):
+            flux = np.ones(len(LOGLAM))
+            flux[np.abs(10**LOGLAM - 7100) < 60] -= 0.15 * subclass
+            flux[np.abs(10**LOGLAM - 8000) < 60] -= 0.4 + 0.4 * metallicity
+            flux[:123] = np.nan  # as the real ones, where no star has flux
+            arrays[f"M{subclass}_{metallicity:+.1f}_flux"] = flux
+    np.savez(tmp_path / "templates.npz", **arrays)
+    return tmp_path / "templates.npz"
+
+
+def band_depth(wavelength, flux, centre):
+    offset = np.abs(wavelength - centre)
+    return 1 - flux[offset < 50].mean() / flux[(offset > 70) & (offset < 120)].mean()
+
+
+def test_template_stars_have_the_bands_of_their_subclass(templates_file, tmp_path):
+    options = ["--templates", templates_file, "--per-class", 12, "--min-snr", 50, "--max-snr", 60, "--quiet"]
+    done = run_script("benchmarks/template_stars.py", tmp_path / "stars", *options)
     assert done.returncode == 0, done.stderr
     stars, _ = data.read_catalog(data.catalog_path(tmp_path / "stars"))
     assert len(stars) == 60 and all(star.simulated for star in stars)
     wavelength = 10 ** ((data.FIRST_PIXEL + np.arange(data.SPECTRUM_LENGTH)) / data.PIXELS_PER_DEX)
-    band, beside = np.abs(wavelength - 7100) < 50, (np.abs(wavelength - 7100) > 70) & (np.abs(wavelength - 7100) < 120)
     for star in stars:
-        spectrum = data.load_spectrum(tmp_path / "stars", star)
-        depth = 1 - spectrum[band].mean() / spectrum[beside].mean()
+        depth = band_depth(wavelength, data.load_spectrum(tmp_path / "stars", star), 7100)
         assert abs(depth / 0.15 - int(star.subclass[1])) < 0.6, star
+    assert b"template_stars.py" in data.spectrum_path(tmp_path / "stars", stars[0]).read_bytes()
 
 
-def test_template_stars_names_what_a_file_of_templates_lacks(tmp_path):
-    np.savez(tmp_path / "templates.npz", loglam=np.arange(3))
-    done = run_script("benchmarks/template_stars.py", tmp_path / "templates.npz", tmp_path / "stars")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "templates.npz: no M0_-0.5_flux" in done.stderr and not (tmp_path / "stars").exists()
+def test_template_stars_have_the_noise_that_they_state_and_vary_in_metallicity(templates_file):
+    templates = template_stars.read_templates(templates_file)
+    star = data.Star("1", "M2", 300, 52000, 1, 150.0, 20.0)
+    target = Target(star, run2d=26, plate_center=(150.0, 20.0), subtype=2.0, snr=20.0)
+    observed = [
+        template_stars.observe_spectrum(target, np.random.default_rng(seed), templates).columns for seed in range(40)
+    ]
+    deviations, products, depths = [], [], []
+    for columns in observed:
+        error = (columns["flux"] - columns["model"]) * np.sqrt(columns["ivar"])
+        good = (columns["ivar"] > 0) & (np.abs(error) < 8)
+        deviations.append(error[good])
+        products.append((error[1:] * error[:-1])[good[1:] & good[:-1]])
+        assert np.median((columns["model"] * np.sqrt(columns["ivar"]))[good]) == pytest.approx(20, rel=0.02)
+        depths.append(band_depth(10 ** columns["loglam"], columns["model"], 8000))
+    assert np.concatenate(deviations).var() == pytest.approx(1, abs=0.03)
+    assert np.concatenate(products).mean() == pytest.approx(0.56, abs=0.03)
+    # Depth is 0.4 and 0.4 more a dex: a scatter of 0.25 dex.
+    assert np.mean(depths) == pytest.approx(0.4, abs=0.06) and np.std(depths) == pytest.approx(0.1, abs=0.04)
+
+
+def test_a_file_that_holds_no_templates_is_named(templates_file, tmp_path):
+    (tmp_path / "text.npz").write_text("no templates")
+    np.savez(tmp_path / "few.npz", loglam=LOGLAM)
+    np.savez(tmp_path / "short.npz", **{**np.load(templates_file), "M2_+0.5_flux": np.ones(3)})
+    reasons = {
+        "text": "not a file of templates",
+        "few": "no M0_+0.0_flux in it",
+        "short": "M2_+0.5_flux has not as many",
+    }
+    for name, reason in reasons.items():
+        options = ["--templates", tmp_path / f"{name}.npz"]
+        done = run_script("benchmarks/template_stars.py", tmp_path / "stars", *options)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert f"{name}.npz: {reason}" in done.stderr and not (tmp_path / "stars").exists()
