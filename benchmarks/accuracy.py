@@ -127,13 +127,20 @@ SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "
 class TemplateFit(ClassifierMixin, BaseEstimator):
     """The class whose mean spectrum fits best: χ² over the pixels, with the amplitude free.
 
-    A pixel's variance is that of the training spectra about the mean of their class.
+    A pixel's variance is that of the training spectra about the mean of their class. With `weighted`, a spectrum counts
+    for its inverse variance there, from the noise between its neighbouring pixels.
     """
+
+    def __init__(self, weighted: bool = False) -> None:
+        self.weighted = weighted
 
     def fit(self, X: np.ndarray, y: np.ndarray) -> "TemplateFit":
         self.classes_ = np.unique(y)
-        self.templates_ = np.stack([X[y == k].mean(axis=0) for k in self.classes_])
-        self.variance_ = np.mean([X[y == k].var(axis=0) for k in self.classes_], axis=0) + 1e-6
+        noise = augmentation.estimate_noise(torch.from_numpy(X)).numpy()[:, 0] if self.weighted else np.ones(len(X))
+        mean_of = {k: partial(np.average, axis=0, weights=noise[y == k] ** -2.0) for k in self.classes_}
+        self.templates_ = np.stack([mean_of[k](X[y == k]) for k in self.classes_])
+        deviations = zip(self.classes_, self.templates_, strict=True)
+        self.variance_ = np.mean([mean_of[k]((X[y == k] - mean) ** 2) for k, mean in deviations], axis=0) + 1e-6
         return self
 
     def predict(self, X: np.ndarray) -> np.ndarray:
@@ -173,6 +180,7 @@ def classical_methods(seed: int) -> dict[str, tuple[str, GridSearchCV]]:
         "LDA on 32 band means": tuned(make_pipeline(FunctionTransformer(band_means), lda), {}),
         "random forest": tuned(make_pipeline(forest), leaves),
         "χ² fit to class means": tuned(TemplateFit(), {}),
+        "χ² fit to weighted class means": tuned(TemplateFit(weighted=True), {}),
     }
     colors = FunctionTransformer(image_colors)
     return {
