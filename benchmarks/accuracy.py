@@ -137,10 +137,12 @@ class TemplateFit(ClassifierMixin, BaseEstimator):
     def fit(self, X: np.ndarray, y: np.ndarray) -> "TemplateFit":
         self.classes_ = np.unique(y)
         noise = augmentation.estimate_noise(torch.from_numpy(X)).numpy()[:, 0] if self.weighted else np.ones(len(X))
-        mean_of = {k: partial(np.average, axis=0, weights=noise[y == k] ** -2.0) for k in self.classes_}
-        self.templates_ = np.stack([mean_of[k](X[y == k]) for k in self.classes_])
-        deviations = zip(self.classes_, self.templates_, strict=True)
-        self.variance_ = np.mean([mean_of[k]((X[y == k] - mean) ** 2) for k, mean in deviations], axis=0) + 1e-6
+        templates, variances = [], []
+        for k in self.classes_:
+            spectra, weights = X[y == k], noise[y == k] ** -2.0
+            templates.append(np.average(spectra, axis=0, weights=weights))
+            variances.append(np.average((spectra - templates[-1]) ** 2, axis=0, weights=weights))
+        self.templates_, self.variance_ = np.stack(templates), np.mean(variances, axis=0) + 1e-6
         return self
 
     def predict(self, X: np.ndarray) -> np.ndarray:

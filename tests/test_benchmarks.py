@@ -103,6 +103,17 @@ def test_accuracy_refuses_to_leave_out_what_is_not_there(stars_dir):
     assert done.returncode == 2 and "without turned images: nothing to leave out" in done.stderr
 
 
+def test_noisier_spectra_count_for_less_in_weighted_class_means():
+    rng = np.random.default_rng(0)
+    y, noise = np.repeat([0, 1], 40), np.tile([0.01, 1.0], 40)
+    X = (1.0 + y)[:, None] + noise[:, None] * rng.standard_normal((80, 500))
+    errors = {
+        weighted: np.abs(accuracy.TemplateFit(weighted).fit(X, y).templates_ - [[1.0], [2.0]]).mean()
+        for weighted in (True, False)
+    }
+    assert errors[True] < 0.05 * errors[False]
+
+
 LOGLAM = np.arange(35_500, 39_701) / data.PIXELS_PER_DEX
 
 
