@@ -12,6 +12,7 @@ load. The Transformer has the shape of ViLT (Kim et al. 2021), as theirs, built 
 
 import contextlib
 import http.client
+import math
 import pickle
 import warnings
 from collections import OrderedDict
@@ -26,6 +27,7 @@ import torchvision
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.transforms.functional import gaussian_blur
 
 from data import CLASS_NAMES, SPECTRUM_LENGTH
 from distributed import gather_stars
@@ -36,6 +38,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Slopes and bends over the whole window are mostly reddening and flux calibration, far larger than what
 # tells subclasses apart; polynomials of this degree hold them.
 CONTINUUM_DEGREE = 3
+# The spectrum encoder keeps the largest of four values, which of noisy pixels is mostly noise. Molecular bands are far
+# wider than this; of an atomic line, with the spectrograph's resolution of about 1 pixel, a third of the depth stays.
+SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
 
 MODALITIES = ("fusion", "spectrum", "image")
@@ -51,7 +56,9 @@ ATTENTION_STD = 0.05  # of the weights of queries and keys
 
 # What torch.load raises on files that are damaged or something else.
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
-CHECKPOINT_FORMAT = "m-star classifier 1"  # the mark of a checkpoint that train.py wrote
+# The mark of a checkpoint that train.py wrote. Another number wherever weights come to mean something else: those of 1
+# are for spectra that are not smoothed.
+CHECKPOINT_FORMAT = "m-star classifier 2"
 # What those who load one rely on; train.py writes it.
 CHECKPOINT_KEYS = {
     "checkpoint": ("model_arguments", "model_state", "config", "splits", "epoch"),
@@ -70,6 +77,17 @@ def remove_continuum(spectra: Tensor, basis: Tensor) -> Tensor:
     """Spectra (N, 3522), each less the polynomial in log wavelength that fits it best, of `make_continuum_basis`."""
     basis = basis.to(spectra.dtype)
     return spectra - spectra @ basis @ basis.T
+
+
+def smooth(spectra: Tensor) -> Tensor:
+    """Spectra (N, 3522), each convolved with a Gaussian that is cut off at four SMOOTHING_SIGMA; its ends mirrored."""
+    size = 2 * math.ceil(4 * SMOOTHING_SIGMA) + 1
+    return gaussian_blur(spectra[None], kernel_size=[size, 1], sigma=[SMOOTHING_SIGMA, 1.0])[0]  # rows of one image
+
+
+def flatten_spectra(spectra: Tensor, basis: Tensor) -> Tensor:
+    """Spectra (N, 3522) as the network compares them: without their continuum, and smoothed."""
+    return smooth(remove_continuum(spectra, basis))
 
 
 class ImageEncoder(nn.Module):
@@ -221,18 +239,18 @@ class FusionModel(nn.Module):
 
     def fit_normalisation(self, chunks: Iterable[Tensor]) -> None:
         """Take from spectra, given in chunks (n, 3522), their mean, pixel by pixel, and the mean deviation of a
-        pixel from it, both without continuum."""
+        pixel from it, both without continuum and smoothed."""
         scaler = StandardScaler()
         for chunk in chunks:
-            scaler.partial_fit(remove_continuum(chunk, self.continuum_basis.cpu()).numpy())
+            scaler.partial_fit(flatten_spectra(chunk, self.continuum_basis.cpu()).numpy())
         self.spectrum_mean.copy_(torch.from_numpy(scaler.mean_))
         self.spectrum_std.copy_(torch.from_numpy(scaler.var_).sqrt().mean())
 
     def normalise_spectra(self, specs: Tensor) -> Tensor:
-        """What sets a spectrum apart from the mean one, but for the continuum: (B, 3522), about 0 ± 1."""
+        """What sets a spectrum apart from the mean one, but for the continuum, smoothed: (B, 3522), about 0 ± 1."""
         # In float32 also under autocast: bfloat16 would round the flux to its third digit.
         with torch.autocast(specs.device.type, enabled=False):
-            deviation = (remove_continuum(specs, self.continuum_basis) - self.spectrum_mean) / self.spectrum_std
+            deviation = (flatten_spectra(specs, self.continuum_basis) - self.spectrum_mean) / self.spectrum_std
         return deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
     def forward(
@@ -315,7 +333,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Fus
     """
     checkpoint = torch_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise OSError(f"{path}: not a checkpoint of this program (train.py writes them to checkpoints/)")
+        raise OSError(
+            f"{path}: not a checkpoint of this program, or of another version (train.py writes them to checkpoints/)"
+        )
     for name, keys in CHECKPOINT_KEYS.items():
         part = checkpoint if name == "checkpoint" else checkpoint[name]
         missing = [key for key in keys if not isinstance(part, dict) or key not in part]

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import data
 from data import CLASS_NAMES, CUTOUT_SCALE, DataError, Star
-from model import FusionModel, load_checkpoint, remove_continuum
+from model import FusionModel, flatten_spectra, load_checkpoint, remove_continuum
 from predict import StarFiles, class_logits, classify, read_files
 from simulate_sdss_data import air_to_vacuum
 
@@ -100,16 +100,17 @@ def draw_observed(axes: Axes, entry: StarFiles) -> None:
 
 
 def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> None:
-    """The spectrum as the network gets it and, with one, the mean that it subtracts, both without continuum."""
+    """The spectrum as the network gets it and, with one, the mean that it subtracts, both without continuum and
+    smoothed."""
     if model is None or model.spec_encoder is None:
         axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
         axes.set_ylabel("flux / median")
     else:
-        flat = remove_continuum(entry.prepared["spectrum"][None], model.continuum_basis)[0]
+        flat = flatten_spectra(entry.prepared["spectrum"][None], model.continuum_basis)[0]
         axes.plot(WAVELENGTH, flat, color="black", linewidth=0.5, label="what the network compares")
         mean = model.spectrum_mean
         axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.2, label="with the mean of the training stars")
-        axes.set_ylabel("flux / median, less its continuum")
+        axes.set_ylabel("flux / median, less its continuum, smoothed")
     axes.legend(loc="upper left", fontsize=8)
 
 

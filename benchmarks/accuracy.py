@@ -53,15 +53,15 @@ from model import (  # noqa: E402
     IMAGE_BACKBONES,
     MODALITIES,
     FusionModel,
+    flatten_spectra,
     load_checkpoint,
     make_continuum_basis,
-    remove_continuum,
 )
 
 
 def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
     """In place of FusionModel.fit_normalisation: one mean and one deviation for the pixels of all wavelengths."""
-    spectra = remove_continuum(torch.cat(list(chunks)), self.continuum_basis)
+    spectra = flatten_spectra(torch.cat(list(chunks)), self.continuum_basis)
     self.spectrum_mean.fill_(spectra.mean())
     self.spectrum_std.fill_(spectra.std())
 
@@ -97,6 +97,7 @@ ABLATIONS = {
     "in float32": ["--precision", "fp32"],
     "without position embeddings": patch.object(train, "FusionModel", WithoutPositions),
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
+    "without smoothing": patch.object(model, "smooth", lambda spectra: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
     "without blended stars": patch.object(augmentation, "MIN_SHARE", 1.0),
@@ -113,12 +114,14 @@ OF_BOTH = {"contrast with other classes only", "without image dropout", "gradien
 OF_IMAGES = {"without turned images", "residual blocks begin at random"}
 OF_SPECTRA = {
     "with the continuum",
+    "without smoothing",
     "without shifted spectra",
     "without added noise",
     "one mean for all wavelengths",
 }
 IDLE = {"fusion": set(), "spectrum": OF_BOTH | OF_IMAGES, "image": OF_BOTH | OF_SPECTRA}
-WITHOUT_CONTINUUM = ", continuum removed"
+FLATTENED = ", continuum removed"  # and smoothed, as the network does it
+WEIGHTED_FIT = "χ² fit to weighted class means"
 SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "within_one_subclass": "within ± 1"}
 
 # The classical methods
@@ -127,19 +130,15 @@ SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "
 class TemplateFit(ClassifierMixin, BaseEstimator):
     """The class whose mean spectrum fits best: χ² over the pixels, with the amplitude free.
 
-    A pixel's variance is that of the training spectra about the mean of their class. With `weighted`, a spectrum counts
-    for its inverse variance there, from the noise between its neighbouring pixels.
+    A pixel's variance is that of the training spectra about the mean of their class. In both, a spectrum counts for its
+    sample_weight.
     """
 
-    def __init__(self, weighted: bool = False) -> None:
-        self.weighted = weighted
-
-    def fit(self, X: np.ndarray, y: np.ndarray) -> "TemplateFit":
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> "TemplateFit":
         self.classes_ = np.unique(y)
-        noise = augmentation.estimate_noise(torch.from_numpy(X)).numpy()[:, 0] if self.weighted else np.ones(len(X))
         templates, variances = [], []
         for k in self.classes_:
-            spectra, weights = X[y == k], noise[y == k] ** -2.0
+            spectra, weights = X[y == k], None if sample_weight is None else sample_weight[y == k]
             templates.append(np.average(spectra, axis=0, weights=weights))
             variances.append(np.average((spectra - templates[-1]) ** 2, axis=0, weights=weights))
         self.templates_, self.variance_ = np.stack(templates), np.mean(variances, axis=0) + 1e-6
@@ -168,8 +167,8 @@ def image_colors(images: np.ndarray) -> np.ndarray:
 
 
 def classical_methods(seed: int) -> dict[str, tuple[str, GridSearchCV]]:
-    """By name, the input each reads ("spectra", "images", or "features": spectra as the network sees them, less the
-    continuum) and the estimator, not yet fitted."""
+    """By name, the input each reads ("spectra", "images", or "features": spectra as the network compares them, without
+    continuum and smoothed) and the estimator, not yet fitted."""
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     tuned = partial(GridSearchCV, cv=folds, scoring="f1_weighted", n_jobs=-1)
     components = {"pca__n_components": [10, 15, 20, 30, 40]}
@@ -182,12 +181,12 @@ def classical_methods(seed: int) -> dict[str, tuple[str, GridSearchCV]]:
         "LDA on 32 band means": tuned(make_pipeline(FunctionTransformer(band_means), lda), {}),
         "random forest": tuned(make_pipeline(forest), leaves),
         "χ² fit to class means": tuned(TemplateFit(), {}),
-        "χ² fit to weighted class means": tuned(TemplateFit(weighted=True), {}),
+        WEIGHTED_FIT: tuned(TemplateFit(), {}),
     }
     colors = FunctionTransformer(image_colors)
     return {
         **{name: ("spectra", estimator) for name, estimator in on_spectra.items()},
-        **{f"{name}{WITHOUT_CONTINUUM}": ("features", estimator) for name, estimator in on_spectra.items()},
+        **{f"{name}{FLATTENED}": ("features", estimator) for name, estimator in on_spectra.items()},
         "random forest on image colours": ("images", tuned(make_pipeline(colors, forest), leaves)),
     }
 
@@ -232,10 +231,13 @@ def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict
     kind, estimator = classical_methods(seed)[name]
     if kind == "features":
         basis = make_continuum_basis()
-        inputs = {part: remove_continuum(stars.spectra, basis).numpy() for part, stars in parts.items()}
+        inputs = {part: flatten_spectra(stars.spectra, basis).numpy() for part, stars in parts.items()}
     else:
         inputs = {part: getattr(stars, kind).numpy() for part, stars in parts.items()}
-    estimator.fit(inputs["train"], parts["train"].targets.numpy())
+    weights = {}
+    if name.startswith(WEIGHTED_FIT):  # by inverse variance, from the noise between neighbouring pixels
+        weights["sample_weight"] = augmentation.estimate_noise(parts["train"].spectra).numpy()[:, 0] ** -2.0
+    estimator.fit(inputs["train"], parts["train"].targets.numpy(), **weights)
     return {
         part: Evaluation(float("nan"), parts[part].targets.numpy(), estimator.predict(inputs[part]))
         for part in ("validation", "test")

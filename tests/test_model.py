@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import itertools
+import math
 import threading
 
 import pytest
@@ -14,14 +15,16 @@ from torch import nn
 
 from loss_sic import contrastive_loss, loss_sic
 from model import (
+    SMOOTHING_SIGMA,
     FusionModel,
     ImageEncoder,
     SpecEncoder,
     contrastive_logits,
+    flatten_spectra,
     load_checkpoint,
     make_continuum_basis,
-    remove_continuum,
     save_checkpoint,
+    smooth,
 )
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
@@ -194,7 +197,7 @@ def test_spectra_are_measured_against_the_mean_spectrum():
     model = small_model(modality="spectrum")
     spectra = 1 + torch.rand(200, 3522) + torch.linspace(0, 1, 3522)
     model.fit_normalisation(spectra.split([1, 130, 69]))  # as many at once as one likes
-    flat = remove_continuum(spectra, make_continuum_basis())
+    flat = flatten_spectra(spectra, make_continuum_basis())
     assert torch.allclose(model.spectrum_mean, flat.mean(dim=0), atol=1e-5)
     assert torch.allclose(model.spectrum_std, flat.std(dim=0).mean(), rtol=0.01)
     normalised = model.normalise_spectra(spectra)
@@ -208,13 +211,25 @@ def test_spectra_are_measured_against_the_mean_spectrum():
 def test_reddening_and_calibration_are_taken_out_of_spectra():
     """Whatever cubic in log wavelength lies on a spectrum, the network gets the same."""
     model, x = small_model(modality="spectrum"), torch.linspace(-1, 1, 3522)
-    spectra = 1 + torch.randn(20, 3522) * 0.2
+    spectra = 1 + torch.randn(20, 3522) * 0.65  # smoothed: 0.2
     model.fit_normalisation([spectra])
     tilted = spectra + 0.5 - x + 0.7 * x**2 + 0.3 * x**3
     assert torch.allclose(model.normalise_spectra(tilted), model.normalise_spectra(spectra), atol=1e-4)
     assert not torch.allclose(
         model.normalise_spectra(spectra + (3 * x).sin()), model.normalise_spectra(spectra), atol=0.1
     )
+
+
+def test_smoothing_takes_noise_from_pixels_and_leaves_bands():
+    generator = torch.Generator().manual_seed(0)
+    noise = smooth(torch.randn(20, 3522, generator=generator))
+    assert noise.std().item() == pytest.approx((2 * math.sqrt(math.pi) * SMOOTHING_SIGMA) ** -0.5, rel=0.02)
+    pixels = torch.arange(3522)
+    band, steps = torch.exp(-0.5 * ((pixels - 1500) / 30) ** 2), (pixels > 1500).float()
+    assert torch.allclose(smooth(band[None])[0], band, atol=0.01)
+    two = smooth(torch.stack([steps, band]))  # no star gets anything of another
+    assert torch.equal(two[1], smooth(band[None])[0]) and two[0].diff().min() >= -1e-6
+    assert two[0, [0, -1]].tolist() == pytest.approx([0, 1], abs=1e-6)  # its ends are level
 
 
 def test_an_image_hidden_is_an_image_left_out():
