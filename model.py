@@ -39,7 +39,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # tells subclasses apart; polynomials of this degree hold them.
 CONTINUUM_DEGREE = 3
 # The spectrum encoder keeps the largest of four values, which of noisy pixels is mostly noise. Molecular bands are far
-# wider than this; of an atomic line, with the spectrograph's resolution of about 1 pixel, a third of the depth stays.
+# wider than this; of a line as narrow as the spectrograph allows (about 1 pixel), a third of the depth stays.
 SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
 
@@ -56,8 +56,8 @@ ATTENTION_STD = 0.05  # of the weights of queries and keys
 
 # What torch.load raises on files that are damaged or something else.
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
-# The mark of a checkpoint that train.py wrote. Another number wherever weights come to mean something else: those of 1
-# are for spectra that are not smoothed.
+# The mark of a checkpoint that train.py wrote. A change of what the network makes of its inputs, which are not in the
+# file, takes another number, so that no weights are used on what they were not trained on.
 CHECKPOINT_FORMAT = "m-star classifier 2"
 # What those who load one rely on; train.py writes it.
 CHECKPOINT_KEYS = {
@@ -82,7 +82,7 @@ def remove_continuum(spectra: Tensor, basis: Tensor) -> Tensor:
 def smooth(spectra: Tensor) -> Tensor:
     """Spectra (N, 3522), each convolved with a Gaussian that is cut off at four SMOOTHING_SIGMA; its ends mirrored."""
     size = 2 * math.ceil(4 * SMOOTHING_SIGMA) + 1
-    return gaussian_blur(spectra[None], kernel_size=[size, 1], sigma=[SMOOTHING_SIGMA, 1.0])[0]  # rows of one image
+    return gaussian_blur(spectra[None], kernel_size=[size, 1], sigma=[SMOOTHING_SIGMA, 1.0])[0]  # along an image's rows
 
 
 def flatten_spectra(spectra: Tensor, basis: Tensor) -> Tensor:
@@ -329,12 +329,13 @@ def save_checkpoint(path: Path, model: FusionModel, **contents: Any) -> None:
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[FusionModel, dict[str, Any]]:
     """The network of a checkpoint that train.py wrote, on the device and ready to evaluate, and all else in the file.
 
-    Raises OSError for a file that is missing, damaged, another program's, of other classes or of other options.
+    Raises OSError for a file that is missing, damaged, another program's, another version's, of other classes or of
+    other options.
     """
     checkpoint = torch_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise OSError(
-            f"{path}: not a checkpoint of this program, or of another version (train.py writes them to checkpoints/)"
+            f"{path}: not a checkpoint of this program in this version (train.py writes them to checkpoints/)"
         )
     for name, keys in CHECKPOINT_KEYS.items():
         part = checkpoint if name == "checkpoint" else checkpoint[name]

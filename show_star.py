@@ -100,8 +100,8 @@ def draw_observed(axes: Axes, entry: StarFiles) -> None:
 
 
 def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> None:
-    """The spectrum as the network gets it and, with one, the mean that it subtracts, both without continuum and
-    smoothed."""
+    """The spectrum as any network gets it or, with one that reads spectra, as it compares this (without continuum,
+    smoothed) with the mean that it subtracts."""
     if model is None or model.spec_encoder is None:
         axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
         axes.set_ylabel("flux / median")
@@ -152,7 +152,7 @@ def occlusion_map(model: FusionModel, inputs: dict[str, torch.Tensor], predicted
     whole = {kind: values[None] for kind, values in inputs.items()}
     before = log_odds(whole)
     spectrum = whole["spectrum"]
-    # this star's continuum, mean bands
+    # this star's continuum, mean bands; these are smoothed once more by the network, which wide bands do not notice
     ordinary = spectrum - remove_continuum(spectrum, model.continuum_basis) + model.spectrum_mean
     centres, losses = [], []
     for start in range(0, data.SPECTRUM_LENGTH - WINDOW + 1, STEP):

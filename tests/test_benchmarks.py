@@ -25,7 +25,7 @@ def stars_dir(tmp_path_factory):
 def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_dir, tmp_path):
     methods = [
         "LDA on 32 band means",
-        "χ² fit to weighted class means, continuum removed",
+        "χ² fit to weighted class means, continuum removed, smoothed",
         "random forest on image colours",
     ]
     networks = ["images only", "without averaged weights"]
