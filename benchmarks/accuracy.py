@@ -130,8 +130,8 @@ SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "
 class TemplateFit(ClassifierMixin, BaseEstimator):
     """The class whose mean spectrum fits best: χ² over the pixels, with the amplitude free.
 
-    A pixel's variance is that of the training spectra about the mean of their class; pixels count as if independent. With
-    sample_weight, a spectrum counts for its weight in means and variances.
+    A pixel's variance is that of the training spectra about the mean of their class; pixels count as if independent.
+    With sample_weight, a spectrum counts for its weight in means and variances.
     """
 
     def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> "TemplateFit":
