@@ -19,10 +19,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -121,7 +121,6 @@ OF_SPECTRA = {
 }
 IDLE = {"fusion": set(), "spectrum": OF_BOTH | OF_IMAGES, "image": OF_BOTH | OF_SPECTRA}
 FLATTENED = ", continuum removed, smoothed"  # as the network does it
-WEIGHTED_FIT = "χ² fit to weighted class means"
 SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "within_one_subclass": "within ± 1"}
 
 # The classical methods
@@ -166,29 +165,53 @@ def image_colors(images: np.ndarray) -> np.ndarray:
     return np.stack([red - green, green - blue, green], axis=1)
 
 
-def classical_methods(seed: int) -> dict[str, tuple[str, GridSearchCV]]:
-    """By name, the input each reads ("spectra", "images", or "features": spectra as the network compares them, without
-    continuum and smoothed) and the estimator, not yet fitted."""
+class ClassicalMethod(NamedTuple):
+    prepare: Callable[[PreparedStars], np.ndarray]  # stars → (N, features), what it reads of them
+    estimator: GridSearchCV  # not yet fitted
+    weighted: bool = False  # training spectra by inverse variance, from the noise between neighbouring pixels
+
+
+def spectra_of(stars: PreparedStars) -> np.ndarray:
+    return stars.spectra.numpy()
+
+
+def flattened_spectra_of(stars: PreparedStars) -> np.ndarray:
+    return flatten_spectra(stars.spectra, make_continuum_basis()).numpy()
+
+
+def colors_of(stars: PreparedStars) -> np.ndarray:
+    return image_colors(stars.images.numpy())
+
+
+def bands_and_colors_of(spectra: Callable[[PreparedStars], np.ndarray], stars: PreparedStars) -> np.ndarray:
+    return np.hstack([band_means(spectra(stars)), colors_of(stars)])
+
+
+def classical_methods(seed: int) -> dict[str, ClassicalMethod]:
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     tuned = partial(GridSearchCV, cv=folds, scoring="f1_weighted", n_jobs=-1)
     components = {"pca__n_components": [10, 15, 20, 30, 40]}
     pca, forest = PCA(random_state=seed), RandomForestClassifier(500, random_state=seed)
     lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
     leaves = {"randomforestclassifier__min_samples_leaf": [1, 3]}
-    on_spectra = {
+    estimators = {
         "PCA + SVM": tuned(make_pipeline(pca, StandardScaler(), SVC()), components | {"svc__C": [1, 10, 100]}),
         "PCA + LDA": tuned(make_pipeline(pca, LinearDiscriminantAnalysis()), components),
         "LDA on 32 band means": tuned(make_pipeline(FunctionTransformer(band_means), lda), {}),
         "random forest": tuned(make_pipeline(forest), leaves),
         "χ² fit to class means": tuned(TemplateFit(), {}),
-        WEIGHTED_FIT: tuned(TemplateFit(), {}),
     }
-    colors = FunctionTransformer(image_colors)
-    return {
-        **{name: ("spectra", estimator) for name, estimator in on_spectra.items()},
-        **{f"{name}{FLATTENED}": ("features", estimator) for name, estimator in on_spectra.items()},
-        "random forest on image colours": ("images", tuned(make_pipeline(colors, forest), leaves)),
-    }
+    methods = {"random forest on image colours": ClassicalMethod(colors_of, estimators["random forest"])}
+    for suffix, prepare in (("", spectra_of), (FLATTENED, flattened_spectra_of)):
+        for name, estimator in estimators.items():
+            methods[name + suffix] = ClassicalMethod(prepare, estimator)
+        weighted_fit = ClassicalMethod(prepare, estimators["χ² fit to class means"], weighted=True)
+        methods[f"χ² fit to weighted class means{suffix}"] = weighted_fit
+        both = partial(bands_and_colors_of, prepare)
+        methods[f"LDA on 32 band means and image colours{suffix}"] = ClassicalMethod(
+            both, tuned(make_pipeline(lda), {})
+        )
+    return methods
 
 
 # Running
@@ -228,18 +251,13 @@ def select(stars: PreparedStars, indices: np.ndarray) -> PreparedStars:
 
 def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict[str, Evaluation]:
     """Fit on the training stars; predict the other parts."""
-    kind, estimator = classical_methods(seed)[name]
-    if kind == "features":
-        basis = make_continuum_basis()
-        inputs = {part: flatten_spectra(stars.spectra, basis).numpy() for part, stars in parts.items()}
-    else:
-        inputs = {part: getattr(stars, kind).numpy() for part, stars in parts.items()}
+    method, training = classical_methods(seed)[name], parts["train"]
     weights = {}
-    if name.startswith(WEIGHTED_FIT):  # by inverse variance, from the noise between neighbouring pixels
-        weights["sample_weight"] = augmentation.estimate_noise(parts["train"].spectra).numpy()[:, 0] ** -2.0
-    estimator.fit(inputs["train"], parts["train"].targets.numpy(), **weights)
+    if method.weighted:
+        weights["sample_weight"] = augmentation.estimate_noise(training.spectra).numpy()[:, 0] ** -2.0
+    estimator = method.estimator.fit(method.prepare(training), training.targets.numpy(), **weights)
     return {
-        part: Evaluation(float("nan"), parts[part].targets.numpy(), estimator.predict(inputs[part]))
+        part: Evaluation(float("nan"), parts[part].targets.numpy(), estimator.predict(method.prepare(parts[part])))
         for part in ("validation", "test")
     }
 
