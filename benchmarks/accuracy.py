@@ -376,7 +376,7 @@ def draw(path: Path, runs: list[dict], title: str) -> None:
     """The F1 of each run on the test stars, a point a seed; the bar is the mean."""
     means = pd.DataFrame([{"method": run["method"], "f1": run["test"]["f1"]} for run in runs]).groupby("method").f1
     order = list(means.mean().sort_values().index)
-    figure = Figure(figsize=(8, 0.8 + 0.35 * len(order)), layout="constrained")
+    figure = Figure(figsize=(10, 0.8 + 0.35 * len(order)), layout="constrained")
     axes = figure.subplots()
     colors = ["C0" if method in NETWORKS | ABLATIONS else "0.6" for method in order]
     axes.barh(order, means.mean()[order], color=colors, alpha=0.6)
