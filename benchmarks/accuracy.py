@@ -29,13 +29,13 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -165,52 +165,63 @@ def image_colors(images: np.ndarray) -> np.ndarray:
     return np.stack([red - green, green - blue, green], axis=1)
 
 
-class ClassicalMethod(NamedTuple):
-    prepare: Callable[[PreparedStars], np.ndarray]  # stars → (N, features), what it reads of them
-    estimator: GridSearchCV  # not yet fitted
-    weighted: bool = False  # training spectra by inverse variance, from the noise between neighbouring pixels
-
-
 def spectra_of(stars: PreparedStars) -> np.ndarray:
+    """(N, 3522), in units of the median flux."""
     return stars.spectra.numpy()
 
 
 def flattened_spectra_of(stars: PreparedStars) -> np.ndarray:
+    """(N, 3522), as the network compares them."""
     return flatten_spectra(stars.spectra, make_continuum_basis()).numpy()
 
 
+def bands_of(stars: PreparedStars, prepare_spectra: Callable[[PreparedStars], np.ndarray]) -> np.ndarray:
+    """(N, 32)."""
+    return band_means(prepare_spectra(stars))
+
+
 def colors_of(stars: PreparedStars) -> np.ndarray:
+    """(N, 3)."""
     return image_colors(stars.images.numpy())
 
 
-def bands_and_colors_of(spectra: Callable[[PreparedStars], np.ndarray], stars: PreparedStars) -> np.ndarray:
-    return np.hstack([band_means(spectra(stars)), colors_of(stars)])
+def bands_and_colors_of(stars: PreparedStars, prepare_spectra: Callable[[PreparedStars], np.ndarray]) -> np.ndarray:
+    """(N, 35)."""
+    return np.hstack([bands_of(stars, prepare_spectra), colors_of(stars)])
+
+
+class ClassicalMethod(NamedTuple):
+    """What a method reads of N stars, and what it fits to that."""
+
+    prepare: Callable[[PreparedStars], np.ndarray]  # stars → (N, features)
+    estimator: GridSearchCV
+    weighted: bool = False  # a training spectrum counts by its inverse variance, from the noise between close pixels
 
 
 def classical_methods(seed: int) -> dict[str, ClassicalMethod]:
+    """By name; those that read spectra twice, for spectra as they are and flattened as the network does it."""
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     tuned = partial(GridSearchCV, cv=folds, scoring="f1_weighted", n_jobs=-1)
-    components = {"pca__n_components": [10, 15, 20, 30, 40]}
-    pca, forest = PCA(random_state=seed), RandomForestClassifier(500, random_state=seed)
-    lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-    leaves = {"randomforestclassifier__min_samples_leaf": [1, 3]}
-    estimators = {
-        "PCA + SVM": tuned(make_pipeline(pca, StandardScaler(), SVC()), components | {"svc__C": [1, 10, 100]}),
-        "PCA + LDA": tuned(make_pipeline(pca, LinearDiscriminantAnalysis()), components),
-        "LDA on 32 band means": tuned(make_pipeline(FunctionTransformer(band_means), lda), {}),
-        "random forest": tuned(make_pipeline(forest), leaves),
-        "χ² fit to class means": tuned(TemplateFit(), {}),
-    }
-    methods = {"random forest on image colours": ClassicalMethod(colors_of, estimators["random forest"])}
+    pca, components = PCA(random_state=seed), {"pca__n_components": [10, 15, 20, 30, 40]}
+    pca_svm = tuned(make_pipeline(pca, StandardScaler(), SVC()), components | {"svc__C": [1, 10, 100]})
+    pca_lda = tuned(make_pipeline(pca, LinearDiscriminantAnalysis()), components)
+    lda = tuned(LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), {})
+    forest = tuned(RandomForestClassifier(500, random_state=seed), {"min_samples_leaf": [1, 3]})
+    template_fit = tuned(TemplateFit(), {})
+    methods = {"random forest on image colours": ClassicalMethod(colors_of, forest)}
     for suffix, prepare in (("", spectra_of), (FLATTENED, flattened_spectra_of)):
-        for name, estimator in estimators.items():
-            methods[name + suffix] = ClassicalMethod(prepare, estimator)
-        weighted_fit = ClassicalMethod(prepare, estimators["χ² fit to class means"], weighted=True)
-        methods[f"χ² fit to weighted class means{suffix}"] = weighted_fit
-        both = partial(bands_and_colors_of, prepare)
-        methods[f"LDA on 32 band means and image colours{suffix}"] = ClassicalMethod(
-            both, tuned(make_pipeline(lda), {})
-        )
+        bands = partial(bands_of, prepare_spectra=prepare)
+        bands_and_colors = partial(bands_and_colors_of, prepare_spectra=prepare)
+        on_spectra = {
+            "PCA + SVM": ClassicalMethod(prepare, pca_svm),
+            "PCA + LDA": ClassicalMethod(prepare, pca_lda),
+            "LDA on 32 band means": ClassicalMethod(bands, lda),
+            "LDA on 32 band means and image colours": ClassicalMethod(bands_and_colors, lda),
+            "random forest": ClassicalMethod(prepare, forest),
+            "χ² fit to class means": ClassicalMethod(prepare, template_fit),
+            "χ² fit to weighted class means": ClassicalMethod(prepare, template_fit, weighted=True),
+        }
+        methods |= {name + suffix: method for name, method in on_spectra.items()}
     return methods
 
 
@@ -255,7 +266,7 @@ def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict
     weights = {}
     if method.weighted:
         weights["sample_weight"] = augmentation.estimate_noise(training.spectra).numpy()[:, 0] ** -2.0
-    estimator = method.estimator.fit(method.prepare(training), training.targets.numpy(), **weights)
+    estimator = clone(method.estimator).fit(method.prepare(training), training.targets.numpy(), **weights)
     return {
         part: Evaluation(float("nan"), parts[part].targets.numpy(), estimator.predict(method.prepare(parts[part])))
         for part in ("validation", "test")
