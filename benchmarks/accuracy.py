@@ -61,7 +61,7 @@ from model import (  # noqa: E402
 
 def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
     """In place of FusionModel.fit_normalisation: one mean and one deviation for the pixels of all wavelengths."""
-    spectra = flatten_spectra(torch.cat(list(chunks)), self.continuum_basis)
+    spectra = flatten_spectra(torch.cat(list(chunks)), make_continuum_basis())  # on the CPU, as the chunks are
     self.spectrum_mean.fill_(spectra.mean())
     self.spectrum_std.fill_(spectra.std())
 
@@ -323,8 +323,10 @@ def main() -> None:
     of_this_command = ("seeds", "methods", "num_workers", "output_dir")
     settings = {name: value for name, value in vars(args).items() if name not in of_this_command}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    # Another network's results are another experiment's, whatever the options.
+    settings |= {"stars": data.describe(stars.stars), "network": model.CHECKPOINT_FORMAT}
     path = args.output_dir / "accuracy.json"
-    results = open_results(path, settings | {"stars": data.describe(stars.stars)})
+    results = open_results(path, settings)
     done = {(run["method"], run["seed"]) for run in results["runs"]}
     for seed in args.seeds:
         splits = train.split_stars(stars, args.validation_split, args.test_split, seed)

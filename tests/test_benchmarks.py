@@ -11,7 +11,7 @@ from common import run_script
 
 import data
 import train
-from model import FusionModel
+from model import CHECKPOINT_FORMAT, FusionModel
 from simulate_sdss_data import Target, simulate
 
 
@@ -52,6 +52,9 @@ def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_
 
     other = run_script("benchmarks/accuracy.py", *options[:-2], "--epochs", "2", "--output-dir", tmp_path)
     assert other.returncode == 1 and "of another experiment" in other.stderr.splitlines()[-1]
+    assert results["settings"]["network"] == CHECKPOINT_FORMAT
+    with pytest.raises(data.DataError, match="of another experiment"):
+        accuracy.open_results(tmp_path / "accuracy.json", results["settings"] | {"network": "that of another version"})
 
 
 def test_data_speed_has_each_figure_beside_its_yardstick(tmp_path):
@@ -101,6 +104,11 @@ def test_ablations_leave_out_what_they_name():
     network, averaged, optimizer = with_ablation("Adam at a constant 1e-4")
     assert type(optimizer) is torch.optim.Adam and {group["lr"] for group in optimizer.param_groups} == {1e-4}
     assert network.position_embedding.any()
+    with accuracy.ABLATIONS["one mean for all wavelengths"]:
+        network.fit_normalisation(torch.rand(20, data.SPECTRUM_LENGTH).split(8))
+    assert network.spectrum_mean.unique().numel() == 1
+    network.fit_normalisation([torch.rand(20, data.SPECTRUM_LENGTH)])
+    assert network.spectrum_mean.unique().numel() > 1000
 
 
 def test_accuracy_refuses_to_leave_out_what_is_not_there(stars_dir):
