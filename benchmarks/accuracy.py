@@ -61,7 +61,7 @@ from model import (  # noqa: E402
 
 def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
     """In place of FusionModel.fit_normalisation: one mean and one deviation for the pixels of all wavelengths."""
-    spectra = flatten_spectra(torch.cat(list(chunks)), make_continuum_basis())  # on the CPU, as the chunks are
+    spectra = flatten_spectra(torch.cat(list(chunks)), self.continuum_basis.cpu())
     self.spectrum_mean.fill_(spectra.mean())
     self.spectrum_std.fill_(spectra.std())
 
