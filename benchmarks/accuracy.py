@@ -74,6 +74,29 @@ class WithoutPositions(FusionModel):
         torch.nn.init.zeros_(self.position_embedding).requires_grad_(False)
 
 
+class ClassifierBehindPooler(torch.nn.Linear):
+    """The classifier (hidden_size, num_classes) behind ViLT's pooler (Linear, tanh), as in the authors' code."""
+
+    def __init__(self, hidden_size: int, num_classes: int) -> None:
+        super().__init__(hidden_size, num_classes)
+        self.pooler = torch.nn.Linear(hidden_size, hidden_size)
+        for linear in (self, self.pooler):
+            torch.nn.init.normal_(linear.weight, std=model.INIT_STD)
+            torch.nn.init.zeros_(linear.bias)
+
+    def forward(self, cls_output: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.tanh(self.pooler(cls_output)))
+
+
+build_network = FusionModel.__init__
+
+
+def build_with_pooler(self: FusionModel, **arguments: Any) -> None:
+    """In place of FusionModel.__init__, in training and where the checkpoint is read."""
+    build_network(self, **arguments)
+    self.classifier = ClassifierBehindPooler(self.classifier.in_features, self.classifier.out_features)
+
+
 def constant_adam(
     network: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int
 ) -> tuple[Optimizer, LRScheduler]:
@@ -96,6 +119,7 @@ ABLATIONS = {
     "Adam at a constant 1e-4": patch.object(train, "make_optimizer", constant_adam),
     "in float32": ["--precision", "fp32"],
     "without position embeddings": patch.object(train, "FusionModel", WithoutPositions),
+    "with a pooler": patch.object(FusionModel, "__init__", build_with_pooler),
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without smoothing": patch.object(model, "smooth", lambda spectra: spectra),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),

@@ -30,7 +30,7 @@ def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_
         "χ² fit to weighted class means, continuum removed, smoothed",
         "random forest on image colours",
     ]
-    networks = ["images only", "without averaged weights"]
+    networks = ["images only", "without averaged weights", "with a pooler"]
     options = ["--data-dir", stars_dir, "--test-split", "0.25", "--seeds", "1", "--epochs", "1"]
     options += ["--modality", "spectrum", "--image-backbone", "resnet18", "--output-dir", tmp_path]
     done = run_script("benchmarks/accuracy.py", *options, "--methods", *methods, *networks)
@@ -104,6 +104,11 @@ def test_ablations_leave_out_what_they_name():
     network, averaged, optimizer = with_ablation("Adam at a constant 1e-4")
     assert type(optimizer) is torch.optim.Adam and {group["lr"] for group in optimizer.param_groups} == {1e-4}
     assert network.position_embedding.any()
+    network, averaged, optimizer = with_ablation("with a pooler")
+    pooler, cls_output = network.classifier.pooler, torch.randn(2, 64)
+    assert pooler.weight.grad.any() and pooler.weight in optimizer.state
+    expected = torch.tanh(cls_output @ pooler.weight.T + pooler.bias) @ network.classifier.weight.T
+    torch.testing.assert_close(network.classifier(cls_output), expected + network.classifier.bias)
     with accuracy.ABLATIONS["one mean for all wavelengths"]:
         network.fit_normalisation(torch.rand(20, data.SPECTRUM_LENGTH).split(8))
     assert network.spectrum_mean.unique().numel() == 1
