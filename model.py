@@ -16,7 +16,6 @@ import math
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from sklearn.preprocessing import StandardScaler
+from sklearn.decomposition import TruncatedSVD
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms.functional import gaussian_blur
 
+from augmentation import estimate_noise
 from data import CLASS_NAMES, SPECTRUM_LENGTH
 from distributed import gather_stars
 
@@ -41,7 +41,10 @@ CONTINUUM_DEGREE = 3
 # The spectrum encoder keeps the largest of four values, which of noisy pixels is mostly noise. Molecular bands are far
 # wider than this; of a line as narrow as the spectrograph allows (about 1 pixel), a third of the depth stays.
 SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
+# Noise is spread over all directions of a spectrum's 3522 pixels; what tells M stars apart lies in few.
+NUM_EIGENSPECTRA = 20
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
+LEAST_NOISE = 1e-4  # in units of the median flux: no spectrum is better known
 
 MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -58,7 +61,7 @@ ATTENTION_STD = 0.05  # of the weights of queries and keys
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 # The mark of a checkpoint that train.py wrote. A change of what the network makes of its inputs, which are not in the
 # file, takes another number, so that no weights are used on what they were not trained on.
-CHECKPOINT_FORMAT = "m-star classifier 2"
+CHECKPOINT_FORMAT = "m-star classifier 3"
 # What those who load one rely on; train.py writes it.
 CHECKPOINT_KEYS = {
     "checkpoint": ("model_arguments", "model_state", "config", "splits", "epoch"),
@@ -67,16 +70,21 @@ CHECKPOINT_KEYS = {
 }
 
 
-def make_continuum_basis() -> Tensor:
-    """(3522, CONTINUUM_DEGREE + 1): Legendre polynomials over the window's pixels, made orthonormal."""
-    polynomials = np.polynomial.legendre.legvander(np.linspace(-1, 1, SPECTRUM_LENGTH), CONTINUUM_DEGREE)
+def make_continuum_basis(degree: int = CONTINUUM_DEGREE) -> Tensor:
+    """(3522, degree + 1): Legendre polynomials over the window's pixels, made orthonormal."""
+    polynomials = np.polynomial.legendre.legvander(np.linspace(-1, 1, SPECTRUM_LENGTH), degree)
     return torch.from_numpy(np.linalg.qr(polynomials)[0]).float()
+
+
+def project(spectra: Tensor, basis: Tensor) -> Tensor:
+    """Spectra (N, 3522), of each the sum of the orthonormal spectra in basis (3522, K) that fits it best."""
+    basis = basis.to(spectra.dtype)
+    return spectra @ basis @ basis.T
 
 
 def remove_continuum(spectra: Tensor, basis: Tensor) -> Tensor:
     """Spectra (N, 3522), each less the polynomial in log wavelength that fits it best, of `make_continuum_basis`."""
-    basis = basis.to(spectra.dtype)
-    return spectra - spectra @ basis @ basis.T
+    return spectra - project(spectra, basis)
 
 
 def smooth(spectra: Tensor) -> Tensor:
@@ -218,9 +226,12 @@ class FusionModel(nn.Module):
         )
         self.classifier = nn.Linear(hidden_size, num_classes)
         self.register_buffer("continuum_basis", make_continuum_basis(), persistent=False)
-        # What spectra are measured against; fit_normalisation takes it from the training stars.
+        # What spectra are measured against, and what is kept of their differences: polynomials beyond the continuum's
+        # degree, until fit_normalisation takes all three from the training stars.
         self.register_buffer("spectrum_mean", torch.zeros(SPECTRUM_LENGTH))
         self.register_buffer("spectrum_std", torch.ones(()))
+        basis = make_continuum_basis(CONTINUUM_DEGREE + NUM_EIGENSPECTRA)
+        self.register_buffer("eigenspectra", basis[:, CONTINUUM_DEGREE + 1 :].clone())
         self._initialise_fusion()
 
     def _initialise_fusion(self) -> None:
@@ -237,21 +248,33 @@ class FusionModel(nn.Module):
                 nn.init.normal_(keys, std=ATTENTION_STD)
                 nn.init.normal_(values, std=INIT_STD)
 
-    def fit_normalisation(self, chunks: Iterable[Tensor]) -> None:
-        """Take from spectra, given in chunks (n, 3522), their mean, pixel by pixel, and the mean deviation of a
-        pixel from it, both without continuum and smoothed."""
-        scaler = StandardScaler()
-        for chunk in chunks:
-            scaler.partial_fit(flatten_spectra(chunk, self.continuum_basis.cpu()).numpy())
-        self.spectrum_mean.copy_(torch.from_numpy(scaler.mean_))
-        self.spectrum_std.copy_(torch.from_numpy(scaler.var_).sqrt().mean())
+    def fit_normalisation(self, spectra: Tensor) -> None:
+        """Take from the spectra (n, 3522) of training stars, without continuum and smoothed, their mean, the mean
+        deviation of a pixel from it, and their eigenspectra: the directions in which they differ most.
+
+        Each counts by its inverse variance, the tenth of least noise alike. With fewer stars than NUM_EIGENSPECTRA the
+        others are zero.
+        """
+        flat = flatten_spectra(spectra, self.continuum_basis.cpu())
+        noise = estimate_noise(spectra).clamp(min=LEAST_NOISE)  # (n, 1)
+        weights = noise.clamp(min=noise.quantile(0.1)) ** -2
+        weights = weights / weights.mean()
+        mean = (weights * flat).mean(dim=0)
+        std = (weights * (flat - mean) ** 2).mean(dim=0).sqrt().mean()
+        deviations = ((flat - mean) / std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
+        svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra)), random_state=0)
+        components = torch.from_numpy(svd.fit((weights.sqrt() * deviations).numpy()).components_)
+        self.spectrum_mean.copy_(mean)
+        self.spectrum_std.copy_(std)
+        self.eigenspectra.zero_()[:, : len(components)] = components.T
 
     def normalise_spectra(self, specs: Tensor) -> Tensor:
-        """What sets a spectrum apart from the mean one, but for the continuum, smoothed: (B, 3522), about 0 ± 1."""
+        """What sets a spectrum apart from the mean one, but for the continuum, smoothed, and as far as the eigenspectra
+        tell it: (B, 3522), about 0 ± 1."""
         # In float32 also under autocast: bfloat16 would round the flux to its third digit.
         with torch.autocast(specs.device.type, enabled=False):
             deviation = (flatten_spectra(specs, self.continuum_basis) - self.spectrum_mean) / self.spectrum_std
-        return deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION)
+            return project(deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION), self.eigenspectra)
 
     def forward(
         self, specs: Tensor | None, imgs: Tensor | None, image_seen: Tensor | None = None

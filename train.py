@@ -66,7 +66,7 @@ WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
 AVERAGE_SPAN = 0.2  # of all steps: how far back the running mean of the weights, which is validated and kept, reaches
 BATCH_NORM_BATCHES = 4  # of training stars, from which those weights get the statistics of their batch norms
-SPECTRA_AT_ONCE = 1024  # in memory, when their mean is taken
+NORMALISATION_STARS = 4096  # are enough to take the mean and the eigenspectra of training spectra from
 SIC_NEGATIVES = ("all", "other-classes")
 PARTS = {"validation": "which chose the checkpoint, so that their score flatters", "test": "which chose nothing"}
 
@@ -604,8 +604,8 @@ def train(
         num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
     ).to(device, memory_format=torch.channels_last)
     if model.spec_encoder is not None:
-        chunks = torch.from_numpy(splits["train"]).split(SPECTRA_AT_ONCE)
-        model.fit_normalisation(prepared.spectra[indices] for indices in chunks)
+        every = math.ceil(len(splits["train"]) / NORMALISATION_STARS)  # of a catalogue that may be sorted by class
+        model.fit_normalisation(prepared.spectra[splits["train"][::every]])
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
     known = {
         # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.

@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,14 +56,13 @@ from model import (  # noqa: E402
     flatten_spectra,
     load_checkpoint,
     make_continuum_basis,
+    project,
 )
 
 
-def fit_one_mean(self: FusionModel, chunks: Iterable[torch.Tensor]) -> None:
-    """In place of FusionModel.fit_normalisation: one mean and one deviation for the pixels of all wavelengths."""
-    spectra = flatten_spectra(torch.cat(list(chunks)), self.continuum_basis.cpu())
-    self.spectrum_mean.fill_(spectra.mean())
-    self.spectrum_std.fill_(spectra.std())
+def project_onto_continuum(spectra: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """In place of model.project: a projection onto eigenspectra leaves the spectra as they are."""
+    return spectra if basis.shape[1] == model.NUM_EIGENSPECTRA else project(spectra, basis)
 
 
 class WithoutPositions(FusionModel):
@@ -122,6 +121,7 @@ ABLATIONS = {
     "with a pooler": patch.object(FusionModel, "__init__", build_with_pooler),
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without smoothing": patch.object(model, "smooth", lambda spectra: spectra),
+    "without eigenspectra": patch.object(model, "project", project_onto_continuum),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
     "without blended stars": patch.object(augmentation, "MIN_SHARE", 1.0),
@@ -131,7 +131,6 @@ ABLATIONS = {
     "residual blocks begin at random": patch.object(model, "RANDOM_RESNET", {}),
     "without averaged weights": patch.object(train, "AVERAGE_SPAN", 0.0),
     "attention as in ViLT at the start": patch.multiple(model, ATTENTION_STD=0.02, POSITION_STD=0.02),
-    "one mean for all wavelengths": patch.object(FusionModel, "fit_normalisation", fit_one_mean),
 }
 # What is no part of the network of one input, so that leaving it out there leaves out nothing.
 OF_BOTH = {"contrast with other classes only", "without image dropout", "gradients clipped together"}
@@ -141,7 +140,7 @@ OF_SPECTRA = {
     "without smoothing",
     "without shifted spectra",
     "without added noise",
-    "one mean for all wavelengths",
+    "without eigenspectra",
 }
 IDLE = {"fusion": set(), "spectrum": OF_BOTH | OF_IMAGES, "image": OF_BOTH | OF_SPECTRA}
 FLATTENED = ", continuum removed, smoothed"  # as the network does it
