@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms.functional import gaussian_blur
 
 from augmentation import estimate_noise
-from data import CLASS_NAMES, SPECTRUM_LENGTH
+from data import CLASS_NAMES, SPECTRUM_LENGTH, DataError
 from distributed import gather_stars
 
 # Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
@@ -41,10 +41,11 @@ CONTINUUM_DEGREE = 3
 # The spectrum encoder keeps the largest of four values, which of noisy pixels is mostly noise. Molecular bands are far
 # wider than this; of a line as narrow as the spectrograph allows (about 1 pixel), a third of the depth stays.
 SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
-# Noise is spread over all directions of a spectrum's 3522 pixels; what tells M stars apart lies in few.
-NUM_EIGENSPECTRA = 20
+# Noise is spread over all directions of a spectrum's 3522 pixels; what tells M stars apart lies in few. More of them
+# keep more noise, of the training stars themselves before all; ten did best in cross-validation on these.
+NUM_EIGENSPECTRA = 10
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
-LEAST_NOISE = 1e-4  # in units of the median flux: no spectrum is better known
+LEAST_NOISE = 1e-4  # in units of the median flux; what is less is rounding
 
 MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -248,25 +249,34 @@ class FusionModel(nn.Module):
                 nn.init.normal_(keys, std=ATTENTION_STD)
                 nn.init.normal_(values, std=INIT_STD)
 
-    def fit_normalisation(self, spectra: Tensor) -> None:
-        """Take from the spectra (n, 3522) of training stars, without continuum and smoothed, their mean, the mean
-        deviation of a pixel from it, and their eigenspectra: the directions in which they differ most.
+    def fit_normalisation(self, spectra: Tensor, classes: Tensor) -> None:
+        """Take from the spectra (n, 3522) of training stars of those classes (n,), without continuum and smoothed,
+        their mean, the mean deviation of a pixel from it, and their eigenspectra: the directions in which they differ
+        most (principal components; Yip et al. 2004).
 
-        Each counts by its inverse variance, the tenth of least noise alike. With fewer stars than NUM_EIGENSPECTRA the
-        others are zero.
+        Each class counts alike in mean and eigenspectra, and within it a spectrum by its inverse variance, the tenth of
+        least noise alike. Of n stars there are at most n - 1 eigenspectra; the columns that remain are zero.
+
+        Raises DataError where the spectra are all the same.
         """
         flat = flatten_spectra(spectra, self.continuum_basis.cpu())
-        noise = estimate_noise(spectra).clamp(min=LEAST_NOISE)  # (n, 1)
+        std = flat.std(dim=0).mean()
+        if len(spectra) < 2 or std < LEAST_NOISE:
+            raise DataError("the training stars have all the same spectrum: there is nothing to learn from them")
+        noise = estimate_noise(spectra)[:, 0].clamp(min=LEAST_NOISE)
         weights = noise.clamp(min=noise.quantile(0.1)) ** -2
-        weights = weights / weights.mean()
-        mean = (weights * flat).mean(dim=0)
-        std = (weights * (flat - mean) ** 2).mean(dim=0).sqrt().mean()
+        weights = (weights / torch.bincount(classes, weights)[classes])[:, None]
+        mean = (weights * flat).sum(dim=0) / weights.sum()
         deviations = ((flat - mean) / std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
-        svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra)), random_state=0)
+        svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra) - 1), random_state=0)
         components = torch.from_numpy(svd.fit((weights.sqrt() * deviations).numpy()).components_)
         self.spectrum_mean.copy_(mean)
         self.spectrum_std.copy_(std)
         self.eigenspectra.zero_()[:, : len(components)] = components.T
+
+    def keep_eigenspectra(self, deviations: Tensor) -> Tensor:
+        """Deviations from the mean spectrum (B, 3522), as far as the eigenspectra tell them."""
+        return project(deviations, self.eigenspectra)
 
     def normalise_spectra(self, specs: Tensor) -> Tensor:
         """What sets a spectrum apart from the mean one, but for the continuum, smoothed, and as far as the eigenspectra
@@ -274,7 +284,7 @@ class FusionModel(nn.Module):
         # In float32 also under autocast: bfloat16 would round the flux to its third digit.
         with torch.autocast(specs.device.type, enabled=False):
             deviation = (flatten_spectra(specs, self.continuum_basis) - self.spectrum_mean) / self.spectrum_std
-            return project(deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION), self.eigenspectra)
+            return self.keep_eigenspectra(deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION))
 
     def forward(
         self, specs: Tensor | None, imgs: Tensor | None, image_seen: Tensor | None = None

@@ -100,16 +100,18 @@ def draw_observed(axes: Axes, entry: StarFiles) -> None:
 
 
 def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> None:
-    """The spectrum as any network gets it or, with one that reads spectra, as it compares this (without continuum,
-    smoothed) with the mean that it subtracts."""
+    """The spectrum as any network gets it or, with one that reads spectra, without continuum and smoothed, what that
+    one sees of it, and the mean that it subtracts."""
     if model is None or model.spec_encoder is None:
         axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
         axes.set_ylabel("flux / median")
     else:
-        flat = flatten_spectra(entry.prepared["spectrum"][None], model.continuum_basis)[0]
-        axes.plot(WAVELENGTH, flat, color="black", linewidth=0.5, label="what the network compares")
-        mean = model.spectrum_mean
-        axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.2, label="with the mean of the training stars")
+        spectrum, mean = entry.prepared["spectrum"][None], model.spectrum_mean
+        flat = flatten_spectra(spectrum, model.continuum_basis)[0]
+        seen = mean + model.spectrum_std * model.normalise_spectra(spectrum)[0]
+        axes.plot(WAVELENGTH, flat, color="0.6", linewidth=0.5, label="without continuum, smoothed")
+        axes.plot(WAVELENGTH, seen, color="black", linewidth=1.0, label="what the network sees of it")
+        axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.0, label="the mean of the training stars")
         axes.set_ylabel("flux / median, less its continuum, smoothed")
     axes.legend(loc="upper left", fontsize=8)
 

@@ -604,8 +604,8 @@ def train(
         num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
     ).to(device, memory_format=torch.channels_last)
     if model.spec_encoder is not None:
-        every = math.ceil(len(splits["train"]) / NORMALISATION_STARS)  # of a catalogue that may be sorted by class
-        model.fit_normalisation(prepared.spectra[splits["train"][::every]])
+        some = splits["train"][:: math.ceil(len(splits["train"]) / NORMALISATION_STARS)]
+        model.fit_normalisation(prepared.spectra[some], prepared.targets[some])
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
     known = {
         # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.

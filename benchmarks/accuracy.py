@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import RandomForestClassifier
@@ -56,13 +56,7 @@ from model import (  # noqa: E402
     flatten_spectra,
     load_checkpoint,
     make_continuum_basis,
-    project,
 )
-
-
-def project_onto_continuum(spectra: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """In place of model.project: a projection onto eigenspectra leaves the spectra as they are."""
-    return spectra if basis.shape[1] == model.NUM_EIGENSPECTRA else project(spectra, basis)
 
 
 class WithoutPositions(FusionModel):
@@ -121,7 +115,7 @@ ABLATIONS = {
     "with a pooler": patch.object(FusionModel, "__init__", build_with_pooler),
     "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
     "without smoothing": patch.object(model, "smooth", lambda spectra: spectra),
-    "without eigenspectra": patch.object(model, "project", project_onto_continuum),
+    "without eigenspectra": patch.object(FusionModel, "keep_eigenspectra", lambda self, deviations: deviations),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
     "without blended stars": patch.object(augmentation, "MIN_SHARE", 1.0),
@@ -170,6 +164,18 @@ class TemplateFit(ClassifierMixin, BaseEstimator):
         weighted = self.templates_ / self.variance_
         fit = X @ weighted.T  # (N, classes): what the best amplitude of each template takes off χ²
         return self.classes_[(fit**2 / (self.templates_ * weighted).sum(axis=1)).argmax(axis=1)]
+
+
+class Eigenspectra(TransformerMixin, BaseEstimator):
+    """Spectra (N, 3522) → (N, 10): the coefficients of the eigenspectra whose sum is what the network sees."""
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> "Eigenspectra":
+        self.network_ = FusionModel(modality="spectrum", num_layers=1)
+        self.network_.fit_normalisation(torch.from_numpy(X), torch.from_numpy(y))
+        return self
+
+    def transform(self, X: np.ndarray) -> np.ndarray:
+        return (self.network_.normalise_spectra(torch.from_numpy(X)) @ self.network_.eigenspectra).numpy()
 
 
 def band_means(spectra: np.ndarray) -> np.ndarray:
@@ -222,7 +228,7 @@ class ClassicalMethod(NamedTuple):
 
 
 def classical_methods(seed: int) -> dict[str, ClassicalMethod]:
-    """By name; those that read spectra twice, for spectra as they are and flattened as the network does it."""
+    """By name; those on pixels and bands twice, for spectra as they are and flattened as the network does it."""
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     tuned = partial(GridSearchCV, cv=folds, scoring="f1_weighted", n_jobs=-1)
     pca, components = PCA(random_state=seed), {"pca__n_components": [10, 15, 20, 30, 40]}
@@ -231,7 +237,13 @@ def classical_methods(seed: int) -> dict[str, ClassicalMethod]:
     lda = tuned(LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), {})
     forest = tuned(RandomForestClassifier(500, random_state=seed), {"min_samples_leaf": [1, 3]})
     template_fit = tuned(TemplateFit(), {})
-    methods = {"random forest on image colours": ClassicalMethod(colors_of, forest)}
+    eigenspectra_svm = tuned(make_pipeline(Eigenspectra(), SVC()), {"svc__C": [1, 10, 100]})
+    eigenspectra_lda = tuned(make_pipeline(Eigenspectra(), LinearDiscriminantAnalysis()), {})
+    methods = {
+        "random forest on image colours": ClassicalMethod(colors_of, forest),
+        "eigenspectra + SVM": ClassicalMethod(spectra_of, eigenspectra_svm),
+        "eigenspectra + LDA": ClassicalMethod(spectra_of, eigenspectra_lda),
+    }
     for suffix, prepare in (("", spectra_of), (FLATTENED, flattened_spectra_of)):
         bands = partial(bands_of, prepare_spectra=prepare)
         bands_and_colors = partial(bands_and_colors_of, prepare_spectra=prepare)
