@@ -45,7 +45,7 @@ SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
 # keep more noise, of the training stars themselves before all; ten did best in cross-validation on these.
 NUM_EIGENSPECTRA = 10
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
-LEAST_NOISE = 1e-4  # in units of the median flux; what is less is rounding
+LEAST_NOISE = 0.01  # of a pixel, in units of the median flux; flux calibration errs by more
 
 MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -249,23 +249,21 @@ class FusionModel(nn.Module):
                 nn.init.normal_(keys, std=ATTENTION_STD)
                 nn.init.normal_(values, std=INIT_STD)
 
-    def fit_normalisation(self, spectra: Tensor, classes: Tensor) -> None:
-        """Take from the spectra (n, 3522) of training stars of those classes (n,), without continuum and smoothed,
-        their mean, the mean deviation of a pixel from it, and their eigenspectra: the directions in which they differ
-        most (principal components; Yip et al. 2004).
+    def fit_normalisation(self, spectra: Tensor) -> None:
+        """Take from the spectra (n, 3522) of training stars, without continuum and smoothed, their mean, the mean
+        deviation of a pixel from it, and their eigenspectra: the directions in which they differ most (principal
+        components; Yip et al. 2004).
 
-        Each class counts alike in mean and eigenspectra, and within it a spectrum by its inverse variance, the tenth of
-        least noise alike. Of n stars there are at most n - 1 eigenspectra; the columns that remain are zero.
+        In mean and eigenspectra a spectrum counts by its inverse variance. Of n stars there are at most n - 1
+        eigenspectra; the columns that remain are zero.
 
         Raises DataError where the spectra are all the same.
         """
         flat = flatten_spectra(spectra, self.continuum_basis.cpu())
-        std = flat.std(dim=0).mean()
-        if len(spectra) < 2 or std < LEAST_NOISE:
+        if torch.allclose(flat, flat[:1], atol=1e-6):
             raise DataError("the training stars have all the same spectrum: there is nothing to learn from them")
-        noise = estimate_noise(spectra)[:, 0].clamp(min=LEAST_NOISE)
-        weights = noise.clamp(min=noise.quantile(0.1)) ** -2
-        weights = (weights / torch.bincount(classes, weights)[classes])[:, None]
+        std = flat.std(dim=0).mean()
+        weights = estimate_noise(spectra).clamp(min=LEAST_NOISE) ** -2  # (n, 1)
         mean = (weights * flat).sum(dim=0) / weights.sum()
         deviations = ((flat - mean) / std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
         svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra) - 1), random_state=0)

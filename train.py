@@ -605,7 +605,7 @@ def train(
     ).to(device, memory_format=torch.channels_last)
     if model.spec_encoder is not None:
         some = splits["train"][:: math.ceil(len(splits["train"]) / NORMALISATION_STARS)]
-        model.fit_normalisation(prepared.spectra[some], prepared.targets[some])
+        model.fit_normalisation(prepared.spectra[some])
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
     known = {
         # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.

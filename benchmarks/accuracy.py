@@ -169,9 +169,9 @@ class TemplateFit(ClassifierMixin, BaseEstimator):
 class Eigenspectra(TransformerMixin, BaseEstimator):
     """Spectra (N, 3522) → (N, 10): the coefficients of the eigenspectra whose sum is what the network sees."""
 
-    def fit(self, X: np.ndarray, y: np.ndarray) -> "Eigenspectra":
+    def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> "Eigenspectra":
         self.network_ = FusionModel(modality="spectrum", num_layers=1)
-        self.network_.fit_normalisation(torch.from_numpy(X), torch.from_numpy(y))
+        self.network_.fit_normalisation(torch.from_numpy(X))
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:

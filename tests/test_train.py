@@ -165,6 +165,19 @@ def test_checkpoint_is_scored_alone_as_it_was_in_its_run(finished, stars_dir):
     assert "the score flatters it" in done.stdout and f"on {5 * PER_CLASS} SIMULATED stars" in done.stdout
 
 
+def test_spectra_are_normalised_by_training_stars_alone(stars_dir, tmp_path, monkeypatch, small_network):
+    seen = []
+    monkeypatch.setattr(FusionModel, "fit_normalisation", lambda self, spectra: seen.append(spectra.numpy()))
+    monkeypatch.setattr(train, "NORMALISATION_STARS", 20)
+    run_here(stars_dir, tmp_path, "--epochs", 1, "--modality", "spectrum")
+    (spectra,) = seen
+    (path,) = (tmp_path / "checkpoints").glob("best_model_*.pth")
+    training = [Star(*star) for star in torch.load(path, weights_only=True)["splits"]["train"]]
+    class_of = {data.load_spectrum(stars_dir, star).tobytes(): star.subclass for star in training}
+    assert len(training) / 4 < len(spectra) <= 20
+    assert {class_of[spectrum.tobytes()] for spectrum in spectra} == set(data.CLASS_NAMES)
+
+
 def test_one_modality_needs_only_its_files_and_learns(own_stars_dir, tmp_path):
     """Far above guessing (F1 of one class for all: 0.07) in a few epochs, from spectra alone."""
     shutil.rmtree(own_stars_dir / "images")
