@@ -145,6 +145,10 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", distributed.local_rank())
 
 
+def device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
@@ -515,7 +519,7 @@ def begin_training(
         "training_id": training_id,
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
         **options,
-        "device": "cpu" if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device),
+        "device": device_name(engine.device),
         "precision": engine.precision,
         "spec_length": data.SPECTRUM_LENGTH,
         "image_size": data.IMAGE_SIZE,

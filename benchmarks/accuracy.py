@@ -371,12 +371,14 @@ def main() -> None:
         for name in args.methods:
             if (name, seed) in done:
                 continue
-            started = time.perf_counter()
+            started, device = time.perf_counter(), "cpu"
             if name in NETWORKS | ABLATIONS:
                 evaluations = run_network(args, name, seed, stars, parts)
+                device = train.device_name(train.choose_device("auto"))
             else:
                 evaluations = run_classical(name, seed, parts)
-            run = {"method": name, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
+            seconds = round(time.perf_counter() - started, 1)
+            run = {"method": name, "seed": seed, "seconds": seconds, "device": device}
             run |= {part: evaluation.scores() for part, evaluation in evaluations.items()}
             run["test_intervals_95"] = evaluations["test"].intervals()
             results["runs"].append(run)
@@ -396,26 +398,28 @@ def main() -> None:
 
 
 def summarise(runs: list[dict]) -> pd.DataFrame:
-    """One row a method, best last: of each score on the test stars, its mean and standard deviation over the seeds."""
+    """One row a method and device, best last: of each score on the test stars, its mean and standard deviation over the
+    seeds."""
     table = pd.DataFrame(
         [
-            {"method": run["method"], "seconds": run["seconds"], "validation F1": run["validation"]["f1"]}
+            {name: run[name] for name in ("method", "device", "seconds")}
+            | {"validation F1": run["validation"]["f1"]}
             | {title: run["test"][score] for score, title in SCORES.items()}
             for run in runs
         ]
     )
-    summary = table.groupby("method").agg(["mean", "std", "count"])
+    summary = table.groupby(["method", "device"]).agg(["mean", "std", "count"])
     return summary.sort_values(("weighted F1", "mean"))
 
 
 def as_markdown(summary: pd.DataFrame, title: str) -> str:
     columns = [*SCORES.values(), "validation F1"]
     lines = [f"{title}; mean ± standard deviation over the seeds.", "", ""]
-    lines.append("| " + " | ".join(["method", *columns, "seeds", "seconds a run"]) + " |")
-    lines.append("|---" * (len(columns) + 3) + "|")
-    for method, row in summary.iloc[::-1].iterrows():
+    lines.append("| " + " | ".join(["method", *columns, "seeds", "seconds a run", "on"]) + " |")
+    lines.append("|---" * (len(columns) + 4) + "|")
+    for (method, device), row in summary.iloc[::-1].iterrows():
         cells = [f"{row[column, 'mean']:.3f} ± {row[column, 'std']:.3f}".replace(" ± nan", "") for column in columns]
-        cells += [str(int(row["seconds", "count"])), f"{row['seconds', 'mean']:.0f}"]
+        cells += [str(int(row["seconds", "count"])), f"{row['seconds', 'mean']:.0f}", device]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
