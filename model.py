@@ -72,8 +72,8 @@ CHECKPOINT_KEYS = {
 
 
 def make_continuum_basis(degree: int = CONTINUUM_DEGREE) -> Tensor:
-    """(3522, degree + 1): Legendre polynomials over the window's pixels, made orthonormal."""
-    polynomials = np.polynomial.legendre.legvander(np.linspace(-1, 1, SPECTRUM_LENGTH), degree)
+    """(3522, degree + 1): Legendre polynomials over the window's pixels, made orthonormal; none for a degree of -1."""
+    polynomials = np.polynomial.legendre.legvander(np.linspace(-1, 1, SPECTRUM_LENGTH), max(degree, 0))[:, : degree + 1]
     return torch.from_numpy(np.linalg.qr(polynomials)[0]).float()
 
 
@@ -163,6 +163,7 @@ class FusionModel(nn.Module):
         image_backbone: one of IMAGE_BACKBONES; the paper's is "resnet152", smaller ones serve tests.
         image_weights: None for random weights, "imagenet" for torchvision's (downloaded once), or the
             path of a file in torchvision's format. Raises OSError when they cannot be had.
+        continuum_degree: of the polynomial in log wavelength that is taken off each spectrum; -1 takes none off.
         image_dropout: the fraction of stars of which training hides the image from the Transformer, so that
             it learns the spectrum also where the image alone would do.
 
@@ -182,6 +183,7 @@ class FusionModel(nn.Module):
         num_layers: int = 8,
         dropout: float = 0.0,
         *,
+        continuum_degree: int = CONTINUUM_DEGREE,
         image_dropout: float = 0.5,
         modality: str = "fusion",
         image_backbone: str = "resnet152",
@@ -194,6 +196,7 @@ class FusionModel(nn.Module):
             "num_heads": num_heads,
             "num_layers": num_layers,
             "dropout": dropout,
+            "continuum_degree": continuum_degree,
             "image_dropout": image_dropout,
             "modality": modality,
             "image_backbone": image_backbone,
@@ -226,13 +229,13 @@ class FusionModel(nn.Module):
             layer, num_layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
         )
         self.classifier = nn.Linear(hidden_size, num_classes)
-        self.register_buffer("continuum_basis", make_continuum_basis(), persistent=False)
+        self.register_buffer("continuum_basis", make_continuum_basis(continuum_degree), persistent=False)
         # What spectra are measured against, and what is kept of their differences: polynomials beyond the continuum's
         # degree, until fit_normalisation takes all three from the training stars.
         self.register_buffer("spectrum_mean", torch.zeros(SPECTRUM_LENGTH))
         self.register_buffer("spectrum_std", torch.ones(()))
-        basis = make_continuum_basis(CONTINUUM_DEGREE + NUM_EIGENSPECTRA)
-        self.register_buffer("eigenspectra", basis[:, CONTINUUM_DEGREE + 1 :].clone())
+        basis = make_continuum_basis(continuum_degree + NUM_EIGENSPECTRA)
+        self.register_buffer("eigenspectra", basis[:, continuum_degree + 1 :].clone())
         self._initialise_fusion()
 
     def _initialise_fusion(self) -> None:

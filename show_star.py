@@ -100,8 +100,8 @@ def draw_observed(axes: Axes, entry: StarFiles) -> None:
 
 
 def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> None:
-    """The spectrum as any network gets it or, with one that reads spectra, without continuum and smoothed, what that
-    one sees of it, and the mean that it subtracts."""
+    """The spectrum as any network gets it or, with one that reads spectra, flattened and smoothed as that one does it,
+    what it sees of that, and the mean that it subtracts."""
     if model is None or model.spec_encoder is None:
         axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
         axes.set_ylabel("flux / median")
@@ -109,10 +109,11 @@ def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> No
         spectrum, mean = entry.prepared["spectrum"][None], model.spectrum_mean
         flat = flatten_spectra(spectrum, model.continuum_basis)[0]
         seen = mean + model.spectrum_std * model.normalise_spectra(spectrum)[0]
-        axes.plot(WAVELENGTH, flat, color="0.6", linewidth=0.5, label="without continuum, smoothed")
+        less_continuum = ", less its continuum" if model.continuum_basis.any() else ""
+        axes.plot(WAVELENGTH, flat, color="0.6", linewidth=0.5, label="the spectrum")
         axes.plot(WAVELENGTH, seen, color="black", linewidth=1.0, label="what the network sees of it")
         axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.0, label="the mean of the training stars")
-        axes.set_ylabel("flux / median, less its continuum, smoothed")
+        axes.set_ylabel(f"flux / median{less_continuum}, smoothed")
     axes.legend(loc="upper left", fontsize=8)
 
 

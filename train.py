@@ -53,6 +53,7 @@ from evaluation import Evaluation, print_scores
 from history import Paths, Training, load_training, run_paths
 from loss_sic import loss_sic
 from model import (
+    CONTINUUM_DEGREE,
     IMAGE_BACKBONES,
     MODALITIES,
     FusionModel,
@@ -105,6 +106,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="the paper's is resnet152")
     add("--image-weights", metavar="{imagenet,none,PATH}", default="imagenet", help="initial weights of the ResNet")
     add("--modality", choices=MODALITIES, default="fusion", help="what the network reads")
+    add("--continuum-degree", type=number(int, -1, 20), default=CONTINUUM_DEGREE, help="of the polynomial that is "
+        "taken off each spectrum; -1, which takes none off, is better for stars of S/N under 5")  # fmt: skip
     add("--sic-weight", type=number(float, 0, 1000), default=1.0, help="weight of the contrastive loss")
     add("--sic-negatives", choices=SIC_NEGATIVES, default="all", help="the stars that the contrastive loss tells a "
         "star from: all others, as in the paper, or those of other classes")  # fmt: skip
@@ -605,7 +608,11 @@ def train(
     splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
     weights = None if args.image_weights == "none" or args.modality == "spectrum" or unfinished else args.image_weights
     model = FusionModel(
-        num_classes=len(CLASS_NAMES), modality=args.modality, image_backbone=args.image_backbone, image_weights=weights
+        num_classes=len(CLASS_NAMES),
+        continuum_degree=args.continuum_degree,
+        modality=args.modality,
+        image_backbone=args.image_backbone,
+        image_weights=weights,
     ).to(device, memory_format=torch.channels_last)
     if model.spec_encoder is not None:
         some = splits["train"][:: math.ceil(len(splits["train"]) / NORMALISATION_STARS)]

@@ -113,7 +113,7 @@ ABLATIONS = {
     "in float32": ["--precision", "fp32"],
     "without position embeddings": patch.object(train, "FusionModel", WithoutPositions),
     "with a pooler": patch.object(FusionModel, "__init__", build_with_pooler),
-    "with the continuum": patch.object(model, "remove_continuum", lambda spectra, basis: spectra),
+    "with the continuum": ["--continuum-degree", "-1"],
     "without smoothing": patch.object(model, "smooth", lambda spectra: spectra),
     "without eigenspectra": patch.object(FusionModel, "keep_eigenspectra", lambda self, deviations: deviations),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),

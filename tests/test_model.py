@@ -224,6 +224,17 @@ def test_spectra_are_measured_against_the_mean_spectrum():
     assert {"spectrum_mean", "spectrum_std", "eigenspectra"} <= set(model.state_dict())  # they travel with the weights
 
 
+@pytest.mark.parametrize("degree, seen", [(3, False), (-1, True)])
+def test_the_continuum_is_seen_or_not(degree, seen):
+    model = small_model(modality="spectrum", continuum_degree=degree)
+    spectra, _ = stars_of_bands(200, noise=0.0, seed=0)
+    slopes = torch.linspace(-1, 1, 200)[:, None] * make_continuum_basis()[:, 1]
+    model.fit_normalisation(spectra + 10 * slopes)
+    changes = model.normalise_spectra(spectra + 10 * slopes) - model.normalise_spectra(spectra)
+    assert changes.std() < 0.02 or seen
+    assert changes.std() > 0.5 or not seen
+
+
 def test_eigenspectra_keep_what_tells_stars_apart_and_little_noise():
     """Also where most training stars are noisy: those of little noise decide."""
     model = small_model(modality="spectrum")
