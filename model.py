@@ -3,6 +3,7 @@ Photometric Image" (PASP 2023): a ResNet-152 for the image, a 1D-CNN for the spe
 Transformer that reads the tokens of both behind a [CLS] token.
 
     model = FusionModel()                                    # downloads nothing
+    model.fit_normalisation(training_spectra)                # (n, 3522): what spectra are compared with
     align_logits, fuse_logits = model(specs, imgs)           # (B, 3522), (B, 3, 128, 128), as data.py prepares them
 
 The encoders follow, layer by layer and name by name, the authors' code
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms.functional import gaussian_blur
 
-from augmentation import estimate_noise
+from augmentation import inverse_variances
 from data import CLASS_NAMES, SPECTRUM_LENGTH, DataError
 from distributed import gather_stars
 
@@ -38,14 +39,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Slopes and bends over the whole window are mostly reddening and flux calibration, far larger than what
 # tells subclasses apart; polynomials of this degree hold them.
 CONTINUUM_DEGREE = 3
+MAX_CONTINUUM_DEGREE = 20  # beyond that, polynomials follow the bands
 # The spectrum encoder keeps the largest of four values, which of noisy pixels is mostly noise. Molecular bands are far
 # wider than this; of a line as narrow as the spectrograph allows (about 1 pixel), a third of the depth stays.
 SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
-# Noise is spread over all directions of a spectrum's 3522 pixels; what tells M stars apart lies in few. More of them
-# keep more noise, of the training stars themselves before all; ten did best in cross-validation on these.
+# Noise is spread over all directions of a spectrum's 3522 pixels; what tells M stars apart lies in few. More
+# eigenspectra would keep more noise, and be fitted to that of the training stars; ten did best in cross-validation.
 NUM_EIGENSPECTRA = 10
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
-LEAST_NOISE = 0.01  # of a pixel, in units of the median flux; flux calibration errs by more
 
 MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -95,7 +96,7 @@ def smooth(spectra: Tensor) -> Tensor:
 
 
 def flatten_spectra(spectra: Tensor, basis: Tensor) -> Tensor:
-    """Spectra (N, 3522) as the network compares them: without their continuum, and smoothed."""
+    """Spectra (N, 3522) without their continuum, and smoothed: what eigenspectra are taken from and fitted to."""
     return smooth(remove_continuum(spectra, basis))
 
 
@@ -163,7 +164,8 @@ class FusionModel(nn.Module):
         image_backbone: one of IMAGE_BACKBONES; the paper's is "resnet152", smaller ones serve tests.
         image_weights: None for random weights, "imagenet" for torchvision's (downloaded once), or the
             path of a file in torchvision's format. Raises OSError when they cannot be had.
-        continuum_degree: of the polynomial in log wavelength that is taken off each spectrum; -1 takes none off.
+        continuum_degree: of the polynomial in log wavelength that is taken off each spectrum, at most
+            MAX_CONTINUUM_DEGREE; -1 takes none off.
         image_dropout: the fraction of stars of which training hides the image from the Transformer, so that
             it learns the spectrum also where the image alone would do.
 
@@ -201,6 +203,8 @@ class FusionModel(nn.Module):
             "modality": modality,
             "image_backbone": image_backbone,
         }
+        if not -1 <= continuum_degree <= MAX_CONTINUUM_DEGREE:
+            raise ValueError(f"continuum_degree is {continuum_degree}, not one from -1 to {MAX_CONTINUUM_DEGREE}")
         if modality not in MODALITIES:
             raise ValueError(f"modality is {modality!r}, not one of {', '.join(MODALITIES)}")
         self.modality, self.image_dropout = modality, image_dropout
@@ -230,8 +234,8 @@ class FusionModel(nn.Module):
         )
         self.classifier = nn.Linear(hidden_size, num_classes)
         self.register_buffer("continuum_basis", make_continuum_basis(continuum_degree), persistent=False)
-        # What spectra are measured against, and what is kept of their differences: polynomials beyond the continuum's
-        # degree, until fit_normalisation takes all three from the training stars.
+        # What spectra are measured against, and what is kept of their differences: until fit_normalisation takes these
+        # from training stars, placeholders, the last of them ten polynomials beyond the continuum's degree.
         self.register_buffer("spectrum_mean", torch.zeros(SPECTRUM_LENGTH))
         self.register_buffer("spectrum_std", torch.ones(()))
         basis = make_continuum_basis(continuum_degree + NUM_EIGENSPECTRA)
@@ -253,9 +257,9 @@ class FusionModel(nn.Module):
                 nn.init.normal_(values, std=INIT_STD)
 
     def fit_normalisation(self, spectra: Tensor) -> None:
-        """Take from the spectra (n, 3522) of training stars, without continuum and smoothed, their mean, the mean
-        deviation of a pixel from it, and their eigenspectra: the directions in which they differ most (principal
-        components; Yip et al. 2004).
+        """Take from the spectra (n, 3522) of training stars, without continuum and smoothed, their mean, the standard
+        deviation of a pixel (the mean of all pixels), and their eigenspectra: the directions in which they differ most
+        (principal components; Yip et al. 2004).
 
         In mean and eigenspectra a spectrum counts by its inverse variance. Of n stars there are at most n - 1
         eigenspectra; the columns that remain are zero.
@@ -264,9 +268,9 @@ class FusionModel(nn.Module):
         """
         flat = flatten_spectra(spectra, self.continuum_basis.cpu())
         if torch.allclose(flat, flat[:1], atol=1e-6):
-            raise DataError("the training stars have all the same spectrum: there is nothing to learn from them")
+            raise DataError("the training stars all have the same spectrum: there is nothing to learn from them")
         std = flat.std(dim=0).mean()
-        weights = estimate_noise(spectra).clamp(min=LEAST_NOISE) ** -2  # (n, 1)
+        weights = inverse_variances(spectra)
         mean = (weights * flat).sum(dim=0) / weights.sum()
         deviations = ((flat - mean) / std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
         svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra) - 1), random_state=0)
@@ -282,7 +286,7 @@ class FusionModel(nn.Module):
     def normalise_spectra(self, specs: Tensor) -> Tensor:
         """What sets a spectrum apart from the mean one, but for the continuum, smoothed, and as far as the eigenspectra
         tell it: (B, 3522), about 0 ± 1."""
-        # In float32 also under autocast: bfloat16 would round the flux to its third digit.
+        # In float32 (on a GPU, TF32) also under autocast: bfloat16 would round the flux to its third digit.
         with torch.autocast(specs.device.type, enabled=False):
             deviation = (flatten_spectra(specs, self.continuum_basis) - self.spectrum_mean) / self.spectrum_std
             return self.keep_eigenspectra(deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION))

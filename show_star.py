@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import data
 from data import CLASS_NAMES, CUTOUT_SCALE, DataError, Star
-from model import FusionModel, flatten_spectra, load_checkpoint, remove_continuum
+from model import FusionModel, flatten_spectra, load_checkpoint, project
 from predict import StarFiles, class_logits, classify, read_files
 from simulate_sdss_data import air_to_vacuum
 
@@ -109,7 +109,7 @@ def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> No
         spectrum, mean = entry.prepared["spectrum"][None], model.spectrum_mean
         flat = flatten_spectra(spectrum, model.continuum_basis)[0]
         seen = mean + model.spectrum_std * model.normalise_spectra(spectrum)[0]
-        less_continuum = ", less its continuum" if model.continuum_basis.any() else ""
+        less_continuum = ", less its continuum" if model.continuum_basis.shape[1] > 0 else ""
         axes.plot(WAVELENGTH, flat, color="0.6", linewidth=0.5, label="the spectrum")
         axes.plot(WAVELENGTH, seen, color="black", linewidth=1.0, label="what the network sees of it")
         axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.0, label="the mean of the training stars")
@@ -156,7 +156,7 @@ def occlusion_map(model: FusionModel, inputs: dict[str, torch.Tensor], predicted
     before = log_odds(whole)
     spectrum = whole["spectrum"]
     # this star's continuum, mean bands; these are smoothed once more by the network, which wide bands do not notice
-    ordinary = spectrum - remove_continuum(spectrum, model.continuum_basis) + model.spectrum_mean
+    ordinary = project(spectrum, model.continuum_basis) + model.spectrum_mean
     centres, losses = [], []
     for start in range(0, data.SPECTRUM_LENGTH - WINDOW + 1, STEP):
         piece = slice(start, start + WINDOW)

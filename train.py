@@ -55,6 +55,7 @@ from loss_sic import loss_sic
 from model import (
     CONTINUUM_DEGREE,
     IMAGE_BACKBONES,
+    MAX_CONTINUUM_DEGREE,
     MODALITIES,
     FusionModel,
     load_checkpoint,
@@ -106,8 +107,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="the paper's is resnet152")
     add("--image-weights", metavar="{imagenet,none,PATH}", default="imagenet", help="initial weights of the ResNet")
     add("--modality", choices=MODALITIES, default="fusion", help="what the network reads")
-    add("--continuum-degree", type=number(int, -1, 20), default=CONTINUUM_DEGREE, help="of the polynomial that is "
-        "taken off each spectrum; -1, which takes none off, is better for stars of S/N under 5")  # fmt: skip
+    add("--continuum-degree", type=number(int, -1, MAX_CONTINUUM_DEGREE), default=CONTINUUM_DEGREE, help="of the "
+        "polynomial in log wavelength that is taken off each spectrum; -1 takes none off, which did better on "
+        "simulated stars of S/N 1 to 5")  # fmt: skip
     add("--sic-weight", type=number(float, 0, 1000), default=1.0, help="weight of the contrastive loss")
     add("--sic-negatives", choices=SIC_NEGATIVES, default="all", help="the stars that the contrastive loss tells a "
         "star from: all others, as in the paper, or those of other classes")  # fmt: skip
@@ -146,10 +148,6 @@ def choose_device(name: str) -> torch.device:
         raise DataError(f"{torch.cuda.device_count()} GPU(s) here, one for each process: lower --nproc-per-node")
     torch.cuda.set_device(distributed.local_rank())
     return torch.device("cuda", distributed.local_rank())
-
-
-def device_name(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -522,7 +520,7 @@ def begin_training(
         "training_id": training_id,
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
         **options,
-        "device": device_name(engine.device),
+        "device": "cpu" if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device),
         "precision": engine.precision,
         "spec_length": data.SPECTRUM_LENGTH,
         "image_size": data.IMAGE_SIZE,

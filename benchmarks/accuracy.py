@@ -137,7 +137,7 @@ OF_SPECTRA = {
     "without eigenspectra",
 }
 IDLE = {"fusion": set(), "spectrum": OF_BOTH | OF_IMAGES, "image": OF_BOTH | OF_SPECTRA}
-FLATTENED = ", continuum removed, smoothed"  # as the network does it
+FLATTENED = ", continuum removed, smoothed"  # as the network does it, but for the eigenspectra
 SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "within_one_subclass": "within ± 1"}
 
 # The classical methods
@@ -167,10 +167,10 @@ class TemplateFit(ClassifierMixin, BaseEstimator):
 
 
 class Eigenspectra(TransformerMixin, BaseEstimator):
-    """Spectra (N, 3522) → (N, 10): the coefficients of the eigenspectra whose sum is what the network sees."""
+    """Spectra (N, 3522) → (N, NUM_EIGENSPECTRA): the coefficients of those whose sum is what the network sees."""
 
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> "Eigenspectra":
-        self.network_ = FusionModel(modality="spectrum", num_layers=1)
+        self.network_ = FusionModel(modality="spectrum", hidden_size=8, num_heads=1, num_layers=1)
         self.network_.fit_normalisation(torch.from_numpy(X))
         return self
 
@@ -200,7 +200,7 @@ def spectra_of(stars: PreparedStars) -> np.ndarray:
 
 
 def flattened_spectra_of(stars: PreparedStars) -> np.ndarray:
-    """(N, 3522), as the network compares them."""
+    """(N, 3522), what the network takes eigenspectra from."""
     return flatten_spectra(stars.spectra, make_continuum_basis()).numpy()
 
 
@@ -300,7 +300,7 @@ def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict
     method, training = classical_methods(seed)[name], parts["train"]
     weights = {}
     if method.weighted:
-        weights["sample_weight"] = augmentation.estimate_noise(training.spectra).numpy()[:, 0] ** -2.0
+        weights["sample_weight"] = augmentation.inverse_variances(training.spectra).numpy()[:, 0]
     estimator = clone(method.estimator).fit(method.prepare(training), training.targets.numpy(), **weights)
     return {
         part: Evaluation(float("nan"), parts[part].targets.numpy(), estimator.predict(method.prepare(parts[part])))
@@ -310,8 +310,9 @@ def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict
 
 def run_network(
     args: argparse.Namespace, name: str, seed: int, stars: PreparedStars, parts: dict[str, PreparedStars]
-) -> dict[str, Evaluation]:
-    """Train by train.py itself, in a directory of its own; evaluate the checkpoint that it keeps."""
+) -> tuple[str, dict[str, Evaluation]]:
+    """Train by train.py itself, in a directory of its own; evaluate the checkpoint that it keeps. Returns the device's
+    name, too."""
     change = (NETWORKS | ABLATIONS)[name]
     with tempfile.TemporaryDirectory() as directory:
         options = train.parse_arguments(
@@ -335,7 +336,8 @@ def run_network(
                 part: train.make_loader(parts[part], np.arange(len(parts[part].stars)), batch_size=64)
                 for part in ("validation", "test")
             }
-            return {part: train.evaluate(engine, loader) for part, loader in loaders.items()}
+            evaluations = {part: train.evaluate(engine, loader) for part, loader in loaders.items()}
+            return record["config"]["device"], evaluations
 
 
 def open_results(path: Path, settings: dict) -> dict:
@@ -373,8 +375,7 @@ def main() -> None:
                 continue
             started, device = time.perf_counter(), "cpu"
             if name in NETWORKS | ABLATIONS:
-                evaluations = run_network(args, name, seed, stars, parts)
-                device = train.device_name(train.choose_device("auto"))
+                device, evaluations = run_network(args, name, seed, stars, parts)
             else:
                 evaluations = run_classical(name, seed, parts)
             seconds = round(time.perf_counter() - started, 1)
@@ -398,8 +399,7 @@ def main() -> None:
 
 
 def summarise(runs: list[dict]) -> pd.DataFrame:
-    """One row a method and device, best last: of each score on the test stars, its mean and standard deviation over the
-    seeds."""
+    """One row a method, best last: of each score on the test stars, its mean and standard deviation over the seeds."""
     table = pd.DataFrame(
         [
             {name: run[name] for name in ("method", "device", "seconds")}
@@ -408,7 +408,8 @@ def summarise(runs: list[dict]) -> pd.DataFrame:
             for run in runs
         ]
     )
-    summary = table.groupby(["method", "device"]).agg(["mean", "std", "count"])
+    devices = table.groupby("method").device.agg(lambda names: ", ".join(sorted(set(names))))
+    summary = table.drop(columns="device").groupby("method").agg(["mean", "std", "count"]).assign(device=devices)
     return summary.sort_values(("weighted F1", "mean"))
 
 
@@ -417,9 +418,9 @@ def as_markdown(summary: pd.DataFrame, title: str) -> str:
     lines = [f"{title}; mean ± standard deviation over the seeds.", "", ""]
     lines.append("| " + " | ".join(["method", *columns, "seeds", "seconds a run", "on"]) + " |")
     lines.append("|---" * (len(columns) + 4) + "|")
-    for (method, device), row in summary.iloc[::-1].iterrows():
+    for method, row in summary.iloc[::-1].iterrows():
         cells = [f"{row[column, 'mean']:.3f} ± {row[column, 'std']:.3f}".replace(" ± nan", "") for column in columns]
-        cells += [str(int(row["seconds", "count"])), f"{row['seconds', 'mean']:.0f}", device]
+        cells += [str(int(row["seconds", "count"])), f"{row['seconds', 'mean']:.0f}", row["device"].item()]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -434,6 +435,7 @@ def draw(path: Path, runs: list[dict], title: str) -> None:
     axes.barh(order, means.mean()[order], color=colors, alpha=0.6)
     for row, method in enumerate(order):
         axes.plot(means.get_group(method), [row] * len(means.get_group(method)), "k.")
+    axes.margins(y=0.01)
     axes.set_xlim(max(0, means.min().min() - 0.05), 1)
     # Over and under the whole figure: the names of the methods are wide.
     figure.suptitle(title, fontsize=9)

@@ -390,6 +390,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         spoil(lambda c: c["config"].update(class_names=["K", "M"])),
         "made for other classes, ['K', 'M']",
     ),
+    "a continuum of a degree beyond all": (
+        spoil(lambda c: c["model_arguments"].update(continuum_degree=10**7)),
+        "its weights are not those of its network",
+    ),
     "a network of 7 classes": (
         lambda content: spoil(
             lambda c: c.update(

@@ -101,7 +101,7 @@ def test_torchrun_trains_as_one_run(tmp_path):
     """As a user starts it: one record, one set of files, figures of all stars; the run with one process is the same."""
     simulate(tmp_path / "stars", per_class=12, seed=7)
     options = ["--data-dir", tmp_path / "stars", "--modality", "spectrum", "--batch-size", 16, "--epochs", 2]
-    options += ["--precision", "fp32", "--num-workers", 1, "--device", "cpu"]  # here may be one GPU, for two processes
+    options += ["--precision", "fp32", "--num-workers", 1, "--device", "cpu"]  # there may be one GPU for both
     assert run_script("train.py", *options, "--output-dir", tmp_path / "one").returncode == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", ROOT / "train.py"]
     two = [*launcher, *options, "--output-dir", tmp_path / "two"]

@@ -122,7 +122,7 @@ def test_what_stands_on_a_page(stars_dir, checkpoint):
     said = texts(show_star.draw_star(entry, model, contents["references"]))
     for part in (star.name, f"catalogue: {star.subclass}", "SIMULATED", "TiO", "CaH", "Na", "Hα", "vacuum wavelength",
                  f"bad pixels ({bad})", "5″", "25.6″", "mean of the training stars", "expected subclass", "unlikeness",
-                 "network: M"):  # fmt: skip
+                 "network: M", "what the network sees of it", "less its continuum"):  # fmt: skip
         assert part in said, part
     said = texts(show_star.draw_star(entry, None, {}))
     assert "network" not in said.replace("what the network gets", "") and "expected" not in said
