@@ -46,6 +46,9 @@ def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_
     table = (tmp_path / "accuracy.md").read_text(encoding="utf-8")
     assert all(f"| {method} |" in table for method in scores) and "SIMULATED" in table
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    assert [run["device"] for run in results["runs"]] == ["cpu"] * len(methods) + [device] * len(networks)
+    assert sum(row.endswith("| cpu |") for row in table.splitlines()) >= len(methods)
 
     again = run_script("benchmarks/accuracy.py", *options, "--methods", *methods[:1], "--seeds", "1", "2")
     assert again.returncode == 0, again.stderr
