@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=4 train.py --data-dir DIR
 
 Each process takes its share of every batch; contrast, batch norm and gradients are those of the whole
-batch, so that a run with N processes is the run with one, N times as fast. Outside torchrun there is one
+batch, so that a run with N processes is the run with one. Outside torchrun there is one
 process, and nothing here does anything.
 """
 

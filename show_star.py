@@ -155,7 +155,8 @@ def occlusion_map(model: FusionModel, inputs: dict[str, torch.Tensor], predicted
     whole = {kind: values[None] for kind, values in inputs.items()}
     before = log_odds(whole)
     spectrum = whole["spectrum"]
-    # this star's continuum, mean bands; these are smoothed once more by the network, which wide bands do not notice
+    # this star's continuum, mean bands; the network smooths these once more, which wide bands do not notice, and sees
+    # the eigenspectra's fit to the whole
     ordinary = project(spectrum, model.continuum_basis) + model.spectrum_mean
     centres, losses = [], []
     for start in range(0, data.SPECTRUM_LENGTH - WINDOW + 1, STEP):

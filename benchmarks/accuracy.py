@@ -387,7 +387,8 @@ def main() -> None:
                 temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             print(f"{name}, seed {seed}: test F1 {run['test']['f1']:.3f}, {run['seconds']:.0f} s", flush=True)
 
-    title = "trained on {train}, checkpoint chosen by {validation}, scored on {test}".format(**results["parts"])
+    title = f"{args.data_dir}: "
+    title += "trained on {train}, checkpoint chosen by {validation}, scored on {test}".format(**results["parts"])
     table = as_markdown(summarise(results["runs"]), title)
     with data.write_atomically(args.output_dir / "accuracy.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
