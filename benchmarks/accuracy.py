@@ -373,11 +373,11 @@ def main() -> None:
         for name in args.methods:
             if (name, seed) in done:
                 continue
-            started, device = time.perf_counter(), "cpu"
+            started = time.perf_counter()
             if name in NETWORKS | ABLATIONS:
                 device, evaluations = run_network(args, name, seed, stars, parts)
             else:
-                evaluations = run_classical(name, seed, parts)
+                device, evaluations = "cpu", run_classical(name, seed, parts)
             seconds = round(time.perf_counter() - started, 1)
             run = {"method": name, "seed": seed, "seconds": seconds, "device": device}
             run |= {part: evaluation.scores() for part, evaluation in evaluations.items()}
