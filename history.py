@@ -33,7 +33,7 @@ from data import CLASS_NAMES, DataError, Star, remove_leftovers, write_atomicall
 from model import torch_load, torch_save
 
 # The mark of an unfinished run's file; the number changes with all that makes a run go on otherwise than it began.
-STATE_FORMAT = "m-star training state 5"
+STATE_FORMAT = "m-star training state 6"
 STATE_FILES = "last_state_{}.pth"
 EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1")
 

@@ -3,7 +3,7 @@ Photometric Image" (PASP 2023): a ResNet-152 for the image, a 1D-CNN for the spe
 Transformer that reads the tokens of both behind a [CLS] token.
 
     model = FusionModel()                                    # downloads nothing
-    model.fit_normalisation(training_spectra)                # (n, 3522): what spectra are compared with
+    model.spectrum_normalisation.fit(training_spectra)       # (n, 3522): what spectra are compared with
     align_logits, fuse_logits = model(specs, imgs)           # (B, 3522), (B, 3, 128, 128), as data.py prepares them
 
 The encoders follow, layer by layer and name by name, the authors' code
@@ -46,6 +46,7 @@ SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
 # Noise is spread over all directions of a spectrum's 3522 pixels; what tells M stars apart lies in few. More
 # eigenspectra would keep more noise, and be fitted to that of the training stars; ten did best in cross-validation.
 NUM_EIGENSPECTRA = 10
+COEFFICIENT_STD = 0.1  # of the initial weights by which [CLS] gets how much of each is in a spectrum
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
 
 MODALITIES = ("fusion", "spectrum", "image")
@@ -63,7 +64,7 @@ ATTENTION_STD = 0.05  # of the weights of queries and keys
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 # The mark of a checkpoint that train.py wrote. A change of what the network makes of its inputs, which are not in the
 # file, takes another number, so that no weights are used on what they were not trained on.
-CHECKPOINT_FORMAT = "m-star classifier 3"
+CHECKPOINT_FORMAT = "m-star classifier 4"
 # What those who load one rely on; train.py writes it.
 CHECKPOINT_KEYS = {
     "checkpoint": ("model_arguments", "model_state", "config", "splits", "epoch"),
@@ -75,12 +76,11 @@ CHECKPOINT_KEYS = {
 def make_continuum_basis(degree: int = CONTINUUM_DEGREE) -> Tensor:
     """(3522, degree + 1): Legendre polynomials over the window's pixels, made orthonormal; none for a degree of -1."""
     polynomials = np.polynomial.legendre.legvander(np.linspace(-1, 1, SPECTRUM_LENGTH), max(degree, 0))[:, : degree + 1]
-    return torch.from_numpy(np.linalg.qr(polynomials)[0]).float()
+    return torch.from_numpy(np.linalg.qr(polynomials)[0]).to(torch.get_default_dtype())
 
 
 def project(spectra: Tensor, basis: Tensor) -> Tensor:
     """Spectra (N, 3522), of each the sum of the orthonormal spectra in basis (3522, K) that fits it best."""
-    basis = basis.to(spectra.dtype)
     return spectra @ basis @ basis.T
 
 
@@ -155,6 +155,62 @@ class SpecEncoder(nn.Module):
         return spectrum_features, spectrum_tokens
 
 
+class SpectrumNormalisation(nn.Module):
+    """What sets a spectrum apart from the mean one, but for continuum and noise: smoothed, and as far as eigenspectra
+    tell it.
+
+    Args:
+        continuum_degree: of the polynomial in log wavelength that is taken off each spectrum, at most
+            MAX_CONTINUUM_DEGREE; -1 takes none off.
+
+    forward: specs (B, 3522) in units of the median flux → spectra (B, 3522), about 0 ± 1, the sum of the eigenspectra,
+        and coefficients (B, 10): how much of each is in that sum. Of the training stars, the squares of both have a
+        mean of about 1.
+    """
+
+    def __init__(self, continuum_degree: int = CONTINUUM_DEGREE) -> None:
+        super().__init__()
+        if not -1 <= continuum_degree <= MAX_CONTINUUM_DEGREE:
+            raise ValueError(f"continuum_degree is {continuum_degree}, not one from -1 to {MAX_CONTINUUM_DEGREE}")
+        # Of more polynomials than the continuum's, the next ten stand in for eigenspectra until `fit`.
+        basis = make_continuum_basis(continuum_degree + NUM_EIGENSPECTRA)
+        self.register_buffer("continuum_basis", basis[:, : continuum_degree + 1].clone(), persistent=False)
+        self.register_buffer("mean", torch.zeros(SPECTRUM_LENGTH))
+        self.register_buffer("std", torch.ones(()))
+        self.register_buffer("eigenspectra", basis[:, continuum_degree + 1 :].clone())
+
+    def fit(self, spectra: Tensor) -> None:
+        """Take from the spectra (n, 3522) of training stars, without continuum and smoothed, their mean, the standard
+        deviation of a pixel (the mean of all pixels), and their eigenspectra: the directions in which they differ most
+        (principal components; Yip et al. 2004).
+
+        In mean and eigenspectra a spectrum counts by its inverse variance. Of n stars there are at most n - 1
+        eigenspectra; the columns that remain are zero.
+
+        Raises DataError where the spectra are all the same.
+        """
+        flat = flatten_spectra(spectra, self.continuum_basis)
+        if torch.allclose(flat, flat[:1], atol=1e-6):
+            raise DataError("the training stars all have the same spectrum: there is nothing to learn from them")
+        weights = inverse_variances(spectra)
+        self.mean.copy_((weights * flat).sum(dim=0) / weights.sum())
+        self.std.copy_(flat.std(dim=0).mean())
+        svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra) - 1), random_state=0)
+        components = svd.fit((weights.sqrt() * self.deviations(spectra)).numpy()).components_
+        self.eigenspectra.zero_()[:, : len(components)] = torch.from_numpy(components.T)
+
+    def deviations(self, specs: Tensor) -> Tensor:
+        """(B, 3522): from the mean spectrum, in the unit of `std`, no more than MAX_DEVIATION."""
+        flat = flatten_spectra(specs, self.continuum_basis)
+        return ((flat - self.mean) / self.std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
+
+    def forward(self, specs: Tensor) -> tuple[Tensor, Tensor]:
+        # In float32 (on a GPU, TF32) also under autocast: bfloat16 would round the flux to its third digit.
+        with torch.autocast(specs.device.type, enabled=False):
+            amplitudes = self.deviations(specs) @ self.eigenspectra
+            return amplitudes @ self.eigenspectra.T, amplitudes / math.sqrt(SPECTRUM_LENGTH / NUM_EIGENSPECTRA)
+
+
 class FusionModel(nn.Module):
     """Both encoders, the Transformer that fuses their tokens, and the classifier.
 
@@ -164,8 +220,7 @@ class FusionModel(nn.Module):
         image_backbone: one of IMAGE_BACKBONES; the paper's is "resnet152", smaller ones serve tests.
         image_weights: None for random weights, "imagenet" for torchvision's (downloaded once), or the
             path of a file in torchvision's format. Raises OSError when they cannot be had.
-        continuum_degree: of the polynomial in log wavelength that is taken off each spectrum, at most
-            MAX_CONTINUUM_DEGREE; -1 takes none off.
+        continuum_degree: of what is taken off each spectrum; see SpectrumNormalisation.
         image_dropout: the fraction of stars of which training hides the image from the Transformer, so that
             it learns the spectrum also where the image alone would do.
 
@@ -203,15 +258,15 @@ class FusionModel(nn.Module):
             "modality": modality,
             "image_backbone": image_backbone,
         }
-        if not -1 <= continuum_degree <= MAX_CONTINUUM_DEGREE:
-            raise ValueError(f"continuum_degree is {continuum_degree}, not one from -1 to {MAX_CONTINUUM_DEGREE}")
         if modality not in MODALITIES:
             raise ValueError(f"modality is {modality!r}, not one of {', '.join(MODALITIES)}")
         self.modality, self.image_dropout = modality, image_dropout
         self.spec_encoder = self.image_encoder = None
         num_tokens = 1  # [CLS]
         if modality != "image":
+            self.spectrum_normalisation = SpectrumNormalisation(continuum_degree)
             self.spec_encoder = SpecEncoder(hidden_size)
+            self.coefficient_encoder = nn.Linear(NUM_EIGENSPECTRA, hidden_size)
             num_tokens += 32
         if modality != "spectrum":
             self.image_encoder = ImageEncoder(hidden_size, backbone=image_backbone, weights=image_weights)
@@ -233,19 +288,15 @@ class FusionModel(nn.Module):
             layer, num_layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
         )
         self.classifier = nn.Linear(hidden_size, num_classes)
-        self.register_buffer("continuum_basis", make_continuum_basis(continuum_degree), persistent=False)
-        # What spectra are measured against, and what is kept of their differences: until fit_normalisation takes these
-        # from training stars, placeholders, the last of them ten polynomials beyond the continuum's degree.
-        self.register_buffer("spectrum_mean", torch.zeros(SPECTRUM_LENGTH))
-        self.register_buffer("spectrum_std", torch.ones(()))
-        basis = make_continuum_basis(continuum_degree + NUM_EIGENSPECTRA)
-        self.register_buffer("eigenspectra", basis[:, continuum_degree + 1 :].clone())
         self._initialise_fusion()
 
     def _initialise_fusion(self) -> None:
         """ViLT's initial weights, but for attention. Torch's own Transformer starts as eight copies of one layer."""
         nn.init.normal_(self.position_embedding, std=POSITION_STD)
         nn.init.normal_(self.token_type_embedding.weight, std=INIT_STD)
+        if self.spec_encoder is not None:
+            nn.init.normal_(self.coefficient_encoder.weight, std=COEFFICIENT_STD)
+            nn.init.zeros_(self.coefficient_encoder.bias)
         for module in (*self.transformer.modules(), self.classifier):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)
@@ -256,50 +307,19 @@ class FusionModel(nn.Module):
                 nn.init.normal_(keys, std=ATTENTION_STD)
                 nn.init.normal_(values, std=INIT_STD)
 
-    def fit_normalisation(self, spectra: Tensor) -> None:
-        """Take from the spectra (n, 3522) of training stars, without continuum and smoothed, their mean, the standard
-        deviation of a pixel (the mean of all pixels), and their eigenspectra: the directions in which they differ most
-        (principal components; Yip et al. 2004).
-
-        In mean and eigenspectra a spectrum counts by its inverse variance. Of n stars there are at most n - 1
-        eigenspectra; the columns that remain are zero.
-
-        Raises DataError where the spectra are all the same.
-        """
-        flat = flatten_spectra(spectra, self.continuum_basis.cpu())
-        if torch.allclose(flat, flat[:1], atol=1e-6):
-            raise DataError("the training stars all have the same spectrum: there is nothing to learn from them")
-        std = flat.std(dim=0).mean()
-        weights = inverse_variances(spectra)
-        mean = (weights * flat).sum(dim=0) / weights.sum()
-        deviations = ((flat - mean) / std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
-        svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra) - 1), random_state=0)
-        components = torch.from_numpy(svd.fit((weights.sqrt() * deviations).numpy()).components_)
-        self.spectrum_mean.copy_(mean)
-        self.spectrum_std.copy_(std)
-        self.eigenspectra.zero_()[:, : len(components)] = components.T
-
-    def keep_eigenspectra(self, deviations: Tensor) -> Tensor:
-        """Deviations from the mean spectrum (B, 3522), as far as the eigenspectra tell them."""
-        return project(deviations, self.eigenspectra)
-
-    def normalise_spectra(self, specs: Tensor) -> Tensor:
-        """What sets a spectrum apart from the mean one, but for the continuum, smoothed, and as far as the eigenspectra
-        tell it: (B, 3522), about 0 ± 1."""
-        # In float32 (on a GPU, TF32) also under autocast: bfloat16 would round the flux to its third digit.
-        with torch.autocast(specs.device.type, enabled=False):
-            deviation = (flatten_spectra(specs, self.continuum_basis) - self.spectrum_mean) / self.spectrum_std
-            return self.keep_eigenspectra(deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION))
-
     def forward(
         self, specs: Tensor | None, imgs: Tensor | None, image_seen: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
         tokens, align_logits = [], None
         spectrum_type, image_type = self.token_type_embedding.weight
         gather = gather_stars if self.training else lambda values: values
+        cls_token = self.cls_token + spectrum_type
         if self.spec_encoder is not None:
-            spectrum_features, spectrum_tokens = self.spec_encoder(self.normalise_spectra(specs))
+            spectra, coefficients = self.spectrum_normalisation(specs)
+            spectrum_features, spectrum_tokens = self.spec_encoder(spectra)
             tokens.append(spectrum_tokens + spectrum_type)
+            # Convolutions and pooling hide the small coefficients, which tell subclass from metallicity.
+            cls_token = cls_token + self.coefficient_encoder(coefficients)[:, None]
         if self.image_encoder is not None and imgs is not None:
             image_features, image_tokens = self.image_encoder(imgs)
             if self.spec_encoder is not None:
@@ -310,8 +330,8 @@ class FusionModel(nn.Module):
         elif self.image_encoder is not None:
             tokens.append(image_type.expand(len(specs), 4, -1))
 
-        cls_token = (self.cls_token + spectrum_type).expand(len(tokens[0]), -1, -1)
-        x = torch.cat([cls_token, *tokens], dim=1) + self.position_embedding  # (B, 1 + 32 + 4, 512)
+        tokens.insert(0, cls_token.expand(len(tokens[0]), -1, -1))
+        x = torch.cat(tokens, dim=1) + self.position_embedding  # (B, 1 + 32 + 4, 512)
         with attention_kernels(x.device):
             fuse_logits = self.classifier(self.transformer(x)[:, 0])
         return align_logits, gather(fuse_logits)

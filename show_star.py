@@ -106,10 +106,10 @@ def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> No
         axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
         axes.set_ylabel("flux / median")
     else:
-        spectrum, mean = entry.prepared["spectrum"][None], model.spectrum_mean
-        flat = flatten_spectra(spectrum, model.continuum_basis)[0]
-        seen = mean + model.spectrum_std * model.normalise_spectra(spectrum)[0]
-        less_continuum = ", less its continuum" if model.continuum_basis.shape[1] > 0 else ""
+        spectrum, normalisation = entry.prepared["spectrum"][None], model.spectrum_normalisation
+        flat, mean = flatten_spectra(spectrum, normalisation.continuum_basis)[0], normalisation.mean
+        seen = mean + normalisation.std * normalisation(spectrum)[0][0]
+        less_continuum = ", less its continuum" if normalisation.continuum_basis.shape[1] > 0 else ""
         axes.plot(WAVELENGTH, flat, color="0.6", linewidth=0.5, label="the spectrum")
         axes.plot(WAVELENGTH, seen, color="black", linewidth=1.0, label="what the network sees of it")
         axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.0, label="the mean of the training stars")
@@ -157,7 +157,8 @@ def occlusion_map(model: FusionModel, inputs: dict[str, torch.Tensor], predicted
     spectrum = whole["spectrum"]
     # this star's continuum, mean bands; the network smooths these once more, which wide bands do not notice, and sees
     # the eigenspectra's fit to the whole
-    ordinary = project(spectrum, model.continuum_basis) + model.spectrum_mean
+    normalisation = model.spectrum_normalisation
+    ordinary = project(spectrum, normalisation.continuum_basis) + normalisation.mean
     centres, losses = [], []
     for start in range(0, data.SPECTRUM_LENGTH - WINDOW + 1, STEP):
         piece = slice(start, start + WINDOW)

@@ -611,10 +611,11 @@ def train(
         modality=args.modality,
         image_backbone=args.image_backbone,
         image_weights=weights,
-    ).to(device, memory_format=torch.channels_last)
+    )
     if model.spec_encoder is not None:
         some = splits["train"][:: math.ceil(len(splits["train"]) / NORMALISATION_STARS)]
-        model.fit_normalisation(prepared.spectra[some])
+        model.spectrum_normalisation.fit(prepared.spectra[some])
+    model.to(device, memory_format=torch.channels_last)
     engine = Engine(model, device, choose_precision(args.precision, device), args.sic_weight, args.sic_negatives)
     known = {
         # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.

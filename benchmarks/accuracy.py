@@ -53,6 +53,7 @@ from model import (  # noqa: E402
     IMAGE_BACKBONES,
     MODALITIES,
     FusionModel,
+    SpectrumNormalisation,
     flatten_spectra,
     load_checkpoint,
     make_continuum_basis,
@@ -90,6 +91,21 @@ def build_with_pooler(self: FusionModel, **arguments: Any) -> None:
     self.classifier = ClassifierBehindPooler(self.classifier.in_features, self.classifier.out_features)
 
 
+def keep_all_deviations(self: SpectrumNormalisation, specs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of SpectrumNormalisation.forward: spectra are no sums of eigenspectra, and have no coefficients."""
+    with torch.autocast(specs.device.type, enabled=False):
+        return self.deviations(specs), specs.new_zeros(len(specs), model.NUM_EIGENSPECTRA)
+
+
+normalise_spectra = SpectrumNormalisation.forward
+
+
+def forget_coefficients(self: SpectrumNormalisation, specs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of SpectrumNormalisation.forward: the coefficients are zero for every star."""
+    spectra, coefficients = normalise_spectra(self, specs)
+    return spectra, torch.zeros_like(coefficients)
+
+
 def constant_adam(
     network: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int
 ) -> tuple[Optimizer, LRScheduler]:
@@ -115,7 +131,8 @@ ABLATIONS = {
     "with a pooler": patch.object(FusionModel, "__init__", build_with_pooler),
     "with the continuum": ["--continuum-degree", "-1"],
     "without smoothing": patch.object(model, "smooth", lambda spectra: spectra),
-    "without eigenspectra": patch.object(FusionModel, "keep_eigenspectra", lambda self, deviations: deviations),
+    "without eigenspectra": patch.object(SpectrumNormalisation, "forward", keep_all_deviations),
+    "without coefficients in [CLS]": patch.object(SpectrumNormalisation, "forward", forget_coefficients),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
     "without blended stars": patch.object(augmentation, "MIN_SHARE", 1.0),
@@ -135,6 +152,7 @@ OF_SPECTRA = {
     "without shifted spectra",
     "without added noise",
     "without eigenspectra",
+    "without coefficients in [CLS]",
 }
 IDLE = {"fusion": set(), "spectrum": OF_BOTH | OF_IMAGES, "image": OF_BOTH | OF_SPECTRA}
 FLATTENED = ", continuum removed, smoothed"  # as the network does it, but for the eigenspectra
@@ -170,12 +188,12 @@ class Eigenspectra(TransformerMixin, BaseEstimator):
     """Spectra (N, 3522) → (N, NUM_EIGENSPECTRA): the coefficients of those whose sum is what the network sees."""
 
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> "Eigenspectra":
-        self.network_ = FusionModel(modality="spectrum", hidden_size=8, num_heads=1, num_layers=1)
-        self.network_.fit_normalisation(torch.from_numpy(X))
+        self.normalisation_ = SpectrumNormalisation()
+        self.normalisation_.fit(torch.from_numpy(X))
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:
-        return (self.network_.normalise_spectra(torch.from_numpy(X)) @ self.network_.eigenspectra).numpy()
+        return self.normalisation_(torch.from_numpy(X))[1].numpy()
 
 
 def band_means(spectra: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from common import run_script
 
 import data
 import train
-from model import CHECKPOINT_FORMAT, MAX_DEVIATION, FusionModel, flatten_spectra
+from model import CHECKPOINT_FORMAT, MAX_DEVIATION, FusionModel, SpectrumNormalisation, flatten_spectra
 from simulate_sdss_data import Target, simulate
 
 
@@ -114,13 +114,17 @@ def test_ablations_leave_out_what_they_name():
     assert pooler.weight.grad.any() and pooler.weight in optimizer.state
     expected = torch.tanh(cls_output @ pooler.weight.T + pooler.bias) @ network.classifier.weight.T
     torch.testing.assert_close(network.classifier(cls_output), expected + network.classifier.bias)
-    network.fit_normalisation(1 + torch.rand(30, data.SPECTRUM_LENGTH))
-    spectra = 1 + torch.rand(2, data.SPECTRUM_LENGTH)
+    normalisation, spectra = SpectrumNormalisation(), 1 + torch.rand(2, data.SPECTRUM_LENGTH)
+    normalisation.fit(1 + torch.rand(30, data.SPECTRUM_LENGTH))
+    seen, coefficients = normalisation(spectra)
     with accuracy.ABLATIONS["without eigenspectra"]:
-        whole = network.normalise_spectra(spectra)
-    expected = (flatten_spectra(spectra, network.continuum_basis) - network.spectrum_mean) / network.spectrum_std
+        whole, none = normalisation(spectra)
+    expected = (flatten_spectra(spectra, normalisation.continuum_basis) - normalisation.mean) / normalisation.std
     torch.testing.assert_close(whole, expected.clamp(-MAX_DEVIATION, MAX_DEVIATION))
-    assert not torch.allclose(network.normalise_spectra(spectra), whole, atol=1.0)
+    assert not torch.allclose(seen, whole, atol=1.0) and coefficients.all() and not none.any()
+    with accuracy.ABLATIONS["without coefficients in [CLS]"]:
+        still_seen, none = normalisation(spectra)
+    assert torch.equal(seen, still_seen) and none.shape == coefficients.shape and not none.any()
 
 
 def test_accuracy_refuses_to_leave_out_what_is_not_there(stars_dir):

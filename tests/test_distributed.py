@@ -43,7 +43,7 @@ def work(path: Path) -> None:
     prepared = make_stars()
     with distributed.process_group():
         model = distributed.prepare(FusionModel(image_backbone="resnet18", num_layers=2))
-        model.fit_normalisation(prepared.spectra)
+        model.spectrum_normalisation.fit(prepared.spectra)
         engine = train.Engine(model, torch.device("cpu"), "fp32", sic_negatives="other-classes")
         trained = engine._replace(model=distributed.share_gradients(model))
         loader = train.TrainingLoader(prepared, np.arange(60), BATCH_SIZE, seed=0, image_dropout=0.5)

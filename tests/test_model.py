@@ -22,6 +22,7 @@ from model import (
     FusionModel,
     ImageEncoder,
     SpecEncoder,
+    SpectrumNormalisation,
     contrastive_logits,
     load_checkpoint,
     make_continuum_basis,
@@ -131,11 +132,12 @@ def test_classes_come_from_the_cls_output_of_both_inputs():
     model = small_model().eval()
     specs, imgs, _ = inputs(2)
     _, logits = model(specs, imgs)
+    spectra, coefficients = model.spectrum_normalisation(specs)
     spectrum_type, image_type = model.token_type_embedding.weight
     tokens = torch.cat(
         [
-            (model.cls_token + spectrum_type).repeat(2, 1, 1),
-            model.spec_encoder(model.normalise_spectra(specs))[1] + spectrum_type,
+            model.cls_token + spectrum_type + model.coefficient_encoder(coefficients)[:, None],
+            model.spec_encoder(spectra)[1] + spectrum_type,
             model.image_encoder(imgs)[1] + image_type,
         ],
         dim=1,
@@ -208,83 +210,84 @@ def stars_of_bands(number: int, noise: float, seed: int) -> tuple[torch.Tensor, 
 
 
 def test_spectra_are_measured_against_the_mean_spectrum():
-    model = small_model(modality="spectrum")
+    normalisation = SpectrumNormalisation()
     spectra, _ = stars_of_bands(200, noise=0.1, seed=0)
-    model.fit_normalisation(spectra)
+    normalisation.fit(spectra)
     flat = smooth(remove_continuum(spectra, make_continuum_basis()))
     weights = inverse_variances(spectra)
     weights /= weights.sum()
-    assert torch.allclose(model.spectrum_mean, (weights * flat).sum(dim=0), atol=1e-5)
-    assert torch.allclose(model.spectrum_std, flat.std(dim=0).mean(), rtol=0.01)
-    normalised = model.normalise_spectra(spectra)
+    assert torch.allclose(normalisation.mean, (weights * flat).sum(dim=0), atol=1e-5)
+    assert torch.allclose(normalisation.std, flat.std(dim=0).mean(), rtol=0.01)
+    normalised, coefficients = normalisation(spectra)
     assert (weights * normalised).sum(dim=0).abs().max() < 0.02  # not 0, as deviations are cut off
-    basis = model.eigenspectra
-    deviations = ((flat - model.spectrum_mean) / model.spectrum_std).clamp(-5, 5)
+    basis = normalisation.eigenspectra
+    deviations = ((flat - normalisation.mean) / normalisation.std).clamp(-5, 5)
     assert deviations.abs().max() == 5 and torch.allclose(normalised, project(deviations, basis), atol=1e-4)
     assert torch.allclose(basis.T @ basis, torch.eye(NUM_EIGENSPECTRA), atol=1e-4)
     assert torch.allclose(normalised @ basis @ basis.T, normalised, atol=1e-4)
+    assert torch.allclose(coefficients * math.sqrt(3522 / NUM_EIGENSPECTRA) @ basis.T, normalised, atol=1e-4)
+    assert coefficients.square().mean().item() == pytest.approx(normalised.square().mean().item(), rel=1e-4)
     wild = F.one_hot(torch.tensor(1000), 3522)
     # to where data.py clips, and beyond: one wild pixel does not outshine the others
-    near, beyond = ((model.normalise_spectra(spectra + h * wild) - normalised).abs() for h in (5, 100))
+    near, beyond = ((normalisation(spectra + h * wild)[0] - normalised).abs() for h in (5, 100))
     assert near.max() < 0.3 and near.mean() < 0.05 and beyond.max() < 2.5
-    assert {"spectrum_mean", "spectrum_std", "eigenspectra"} <= set(model.state_dict())  # they travel with the weights
+    assert set(normalisation.state_dict()) == {"mean", "std", "eigenspectra"}  # they travel with the weights
 
 
 @pytest.mark.parametrize("degree, least, most", [(3, 0, 0.02), (-1, 0.5, math.inf)])
 def test_the_continuum_is_seen_or_not(degree, least, most):
-    model = small_model(modality="spectrum", continuum_degree=degree)
+    normalisation = SpectrumNormalisation(degree)
     spectra, _ = stars_of_bands(200, noise=0.0, seed=0)
     slopes = torch.linspace(-1, 1, 200)[:, None] * make_continuum_basis()[:, 1]
-    model.fit_normalisation(spectra + 10 * slopes)
-    changes = model.normalise_spectra(spectra + 10 * slopes) - model.normalise_spectra(spectra)
+    normalisation.fit(spectra + 10 * slopes)
+    changes = normalisation(spectra + 10 * slopes)[0] - normalisation(spectra)[0]
     assert least <= changes.std() < most
 
 
 def test_eigenspectra_keep_what_tells_stars_apart_and_little_noise():
     """Also where most training stars are noisy: those of little noise decide."""
-    model = small_model(modality="spectrum")
+    normalisation = SpectrumNormalisation()
     training = torch.cat([stars_of_bands(60, noise=0.02, seed=1)[0], stars_of_bands(140, noise=1.0, seed=2)[0]])
-    model.fit_normalisation(training)
+    normalisation.fit(training)
     spectra, clean = stars_of_bands(100, noise=0.3, seed=3)
-    expected = (smooth(remove_continuum(clean, make_continuum_basis())) - model.spectrum_mean) / model.spectrum_std
-    kept, found = model.normalise_spectra(clean), model.normalise_spectra(spectra)
-    smoothed = (smooth(remove_continuum(spectra, make_continuum_basis())) - model.spectrum_mean) / model.spectrum_std
+    expected = (smooth(remove_continuum(clean, make_continuum_basis())) - normalisation.mean) / normalisation.std
+    kept, found = normalisation(clean)[0], normalisation(spectra)[0]
+    smoothed = (smooth(remove_continuum(spectra, make_continuum_basis())) - normalisation.mean) / normalisation.std
     assert (kept - expected).std() < 0.3 * expected.std()
     assert (found - expected).std() < 0.3 * (smoothed - expected).std()
 
 
 def test_no_star_alone_decides_what_spectra_are_measured_against():
     """In the half of a spectrum that is filled with a straight line, no noise is found."""
-    model = small_model(modality="spectrum")
+    normalisation = SpectrumNormalisation()
     spectra, clean = stars_of_bands(200, noise=0.5, seed=4)
-    model.fit_normalisation(spectra)
-    before, std = model.spectrum_mean.clone(), model.spectrum_std.clone()
+    normalisation.fit(spectra)
+    before, std = normalisation.mean.clone(), normalisation.std.clone()
     spectra[0, :1750] = torch.linspace(clean[0, 0], clean[0, 1750], 1750)
-    model.fit_normalisation(spectra)
-    assert (model.spectrum_mean - before).abs().max() < 0.6 * std
+    normalisation.fit(spectra)
+    assert (normalisation.mean - before).abs().max() < 0.6 * std
 
 
 def test_few_stars_have_few_eigenspectra_and_equal_ones_none():
-    model = small_model(modality="spectrum")
+    normalisation = SpectrumNormalisation()
     spectra, _ = stars_of_bands(7, noise=0.0, seed=0)
-    model.fit_normalisation(spectra)
-    assert model.eigenspectra[:, :3].any(dim=0).all() and not model.eigenspectra[:, 6:].any()
-    assert model.normalise_spectra(spectra).std() == pytest.approx(1, abs=0.5)
+    normalisation.fit(spectra)
+    assert normalisation.eigenspectra[:, :3].any(dim=0).all() and not normalisation.eigenspectra[:, 6:].any()
+    assert normalisation(spectra)[0].std() == pytest.approx(1, abs=0.5)
     for same in (spectra[:1], spectra[:1].repeat(7, 1)):
         with pytest.raises(DataError, match="all have the same spectrum"):
-            model.fit_normalisation(same)
+            normalisation.fit(same)
 
 
 def test_reddening_and_calibration_are_taken_out_of_spectra():
     """Whatever cubic in log wavelength lies on a spectrum, the network gets the same."""
-    model, x = small_model(modality="spectrum"), torch.linspace(-1, 1, 3522)
+    normalisation, x = SpectrumNormalisation(), torch.linspace(-1, 1, 3522)
     spectra, _ = stars_of_bands(50, noise=0.1, seed=0)
-    model.fit_normalisation(spectra)
+    normalisation.fit(spectra)
     tilted = spectra + 0.5 - x + 0.7 * x**2 + 0.3 * x**3
-    assert torch.allclose(model.normalise_spectra(tilted), model.normalise_spectra(spectra), atol=1e-4)
-    assert not torch.allclose(
-        model.normalise_spectra(spectra + (3 * x).sin()), model.normalise_spectra(spectra), atol=0.1
-    )
+    expected, _ = normalisation(spectra)
+    assert torch.allclose(normalisation(tilted)[0], expected, atol=1e-4)
+    assert not torch.allclose(normalisation(spectra + (3 * x).sin())[0], expected, atol=0.1)
 
 
 def test_smoothing_takes_noise_from_pixels_and_leaves_bands():

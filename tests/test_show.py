@@ -19,7 +19,7 @@ import outliers
 import show_history
 import show_star
 from data import DataError
-from model import FusionModel, make_continuum_basis, save_checkpoint
+from model import FusionModel, SpectrumNormalisation, save_checkpoint
 from predict import read_files
 from train import Batch
 
@@ -43,7 +43,7 @@ def checkpoint(stars_dir, tmp_path_factory) -> Path:
     """A small network that reads spectra and learnt nothing, but knows the mean of these stars."""
     spectra = torch.from_numpy(np.stack([data.load_spectrum(stars_dir, star) for star in read_stars(stars_dir)]))
     model = FusionModel(hidden_size=32, num_heads=2, num_layers=1, modality="spectrum")
-    model.fit_normalisation(spectra)
+    model.spectrum_normalisation.fit(spectra)
     references = outliers.fit_references([Batch(spectra, None, None, torch.zeros(len(spectra)))])
     path = tmp_path_factory.mktemp("checkpoint") / "a.pth"
     save_checkpoint(path, model, **checkpoint_contents("spectrum"), references=references)
@@ -154,8 +154,7 @@ class TiOClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1))
-        self.spectrum_mean = torch.zeros(data.SPECTRUM_LENGTH)  # stars without bands
-        self.continuum_basis = make_continuum_basis()
+        self.spectrum_normalisation = SpectrumNormalisation()  # of stars without bands, until it is fitted
         head = show_star.air_to_vacuum(7053)
         self.band = slice(*np.searchsorted(show_star.WAVELENGTH, (head, head + 60)))
 

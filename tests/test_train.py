@@ -33,7 +33,7 @@ import train
 from cache import PreparedStars
 from data import DataError, Star
 from evaluation import Evaluation
-from model import FusionModel, flatten_spectra, load_checkpoint
+from model import FusionModel, SpectrumNormalisation, flatten_spectra, load_checkpoint
 
 LONG_RUN = int(os.environ.get("LONG_RUN", "25"))  # epochs
 KILLS = int(os.environ.get("KILLS", "1"))
@@ -168,7 +168,7 @@ def test_checkpoint_is_scored_alone_as_it_was_in_its_run(finished, stars_dir):
 
 def test_spectra_are_normalised_by_training_stars_alone(stars_dir, tmp_path, monkeypatch, small_network):
     seen = []
-    monkeypatch.setattr(FusionModel, "fit_normalisation", lambda self, spectra: seen.append(spectra.numpy()))
+    monkeypatch.setattr(SpectrumNormalisation, "fit", lambda self, spectra: seen.append(spectra.numpy()))
     monkeypatch.setattr(train, "NORMALISATION_STARS", 20)
     run_here(stars_dir, tmp_path, "--epochs", 1, "--modality", "spectrum")
     (spectra,) = seen
@@ -184,7 +184,7 @@ def test_a_network_that_keeps_the_continuum_is_one_when_read_again(stars_dir, tm
     (path,) = (tmp_path / "checkpoints").glob("best_model_*.pth")
     network, checkpoint = load_checkpoint(path)
     spectra = torch.ones(2, data.SPECTRUM_LENGTH)
-    assert torch.allclose(flatten_spectra(spectra, network.continuum_basis), spectra)
+    assert torch.allclose(flatten_spectra(spectra, network.spectrum_normalisation.continuum_basis), spectra)
     assert checkpoint["config"]["continuum_degree"] == -1
 
 
