@@ -47,7 +47,7 @@ SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
 # eigenspectra would keep more noise, and be fitted to that of the training stars; ten did best in cross-validation.
 NUM_EIGENSPECTRA = 10
 COEFFICIENT_STD = 0.1  # of the initial weights by which [CLS] gets how much of each is in a spectrum
-MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in the unit that normalise_spectra divides by
+MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in units of SpectrumNormalisation.std
 
 MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -318,7 +318,7 @@ class FusionModel(nn.Module):
             spectra, coefficients = self.spectrum_normalisation(specs)
             spectrum_features, spectrum_tokens = self.spec_encoder(spectra)
             tokens.append(spectrum_tokens + spectrum_type)
-            # Convolutions and pooling hide the small coefficients, which tell subclass from metallicity.
+            # What small coefficients tell hardly comes through the encoder's convolutions and pooling.
             cls_token = cls_token + self.coefficient_encoder(coefficients)[:, None]
         if self.image_encoder is not None and imgs is not None:
             image_features, image_tokens = self.image_encoder(imgs)
