@@ -46,7 +46,7 @@ SMOOTHING_SIGMA = 3.0  # pixels of 69 km/s; of a Gaussian
 # Noise is spread over all directions of a spectrum's 3522 pixels; what tells M stars apart lies in few. More
 # eigenspectra would keep more noise, and be fitted to that of the training stars; ten did best in cross-validation.
 NUM_EIGENSPECTRA = 10
-COEFFICIENT_STD = 0.1  # of the initial weights by which [CLS] gets how much of each is in a spectrum
+COEFFICIENT_STD = 0.1  # of coefficient_encoder's initial weights
 MAX_DEVIATION = 5.0  # of a spectrum's pixel from the mean spectrum, in units of SpectrumNormalisation.std
 
 MODALITIES = ("fusion", "spectrum", "image")
@@ -156,23 +156,23 @@ class SpecEncoder(nn.Module):
 
 
 class SpectrumNormalisation(nn.Module):
-    """What sets a spectrum apart from the mean one, but for continuum and noise: smoothed, and as far as eigenspectra
-    tell it.
+    """Takes off a spectrum's continuum, smooths it, takes off the training stars' mean spectrum, and keeps of what is
+    left the sum of their eigenspectra that fits it best.
 
     Args:
         continuum_degree: of the polynomial in log wavelength that is taken off each spectrum, at most
             MAX_CONTINUUM_DEGREE; -1 takes none off.
 
-    forward: specs (B, 3522) in units of the median flux → spectra (B, 3522), about 0 ± 1, the sum of the eigenspectra,
-        and coefficients (B, 10): how much of each is in that sum. Of the training stars, the squares of both have a
-        mean of about 1.
+    forward: specs (B, 3522) in units of the median flux → spectra (B, 3522), that sum, and coefficients (B, 10): how
+        much of each eigenspectrum is in it. The mean squares of a star's two are equal; over the training stars they
+        are about 1 where noise is little, less where it is more.
     """
 
     def __init__(self, continuum_degree: int = CONTINUUM_DEGREE) -> None:
         super().__init__()
         if not -1 <= continuum_degree <= MAX_CONTINUUM_DEGREE:
             raise ValueError(f"continuum_degree is {continuum_degree}, not one from -1 to {MAX_CONTINUUM_DEGREE}")
-        # Of more polynomials than the continuum's, the next ten stand in for eigenspectra until `fit`.
+        # The ten polynomials after the continuum's stand in for eigenspectra until `fit`.
         basis = make_continuum_basis(continuum_degree + NUM_EIGENSPECTRA)
         self.register_buffer("continuum_basis", basis[:, : continuum_degree + 1].clone(), persistent=False)
         self.register_buffer("mean", torch.zeros(SPECTRUM_LENGTH))
@@ -189,6 +189,7 @@ class SpectrumNormalisation(nn.Module):
 
         Raises DataError where the spectra are all the same.
         """
+        spectra = spectra.to(self.mean)  # its device and dtype
         flat = flatten_spectra(spectra, self.continuum_basis)
         if torch.allclose(flat, flat[:1], atol=1e-6):
             raise DataError("the training stars all have the same spectrum: there is nothing to learn from them")
@@ -196,7 +197,7 @@ class SpectrumNormalisation(nn.Module):
         self.mean.copy_((weights * flat).sum(dim=0) / weights.sum())
         self.std.copy_(flat.std(dim=0).mean())
         svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra) - 1), random_state=0)
-        components = svd.fit((weights.sqrt() * self.deviations(spectra)).numpy()).components_
+        components = svd.fit((weights.sqrt() * self.deviations(spectra)).cpu().numpy()).components_
         self.eigenspectra.zero_()[:, : len(components)] = torch.from_numpy(components.T)
 
     def deviations(self, specs: Tensor) -> Tensor:
@@ -208,7 +209,9 @@ class SpectrumNormalisation(nn.Module):
         # In float32 (on a GPU, TF32) also under autocast: bfloat16 would round the flux to its third digit.
         with torch.autocast(specs.device.type, enabled=False):
             amplitudes = self.deviations(specs) @ self.eigenspectra
-            return amplitudes @ self.eigenspectra.T, amplitudes / math.sqrt(SPECTRUM_LENGTH / NUM_EIGENSPECTRA)
+            # Ten numbers with the mean square of the spectrum's 3522.
+            coefficients = amplitudes * math.sqrt(NUM_EIGENSPECTRA / SPECTRUM_LENGTH)
+            return amplitudes @ self.eigenspectra.T, coefficients
 
 
 class FusionModel(nn.Module):
@@ -261,7 +264,7 @@ class FusionModel(nn.Module):
         if modality not in MODALITIES:
             raise ValueError(f"modality is {modality!r}, not one of {', '.join(MODALITIES)}")
         self.modality, self.image_dropout = modality, image_dropout
-        self.spec_encoder = self.image_encoder = None
+        self.spectrum_normalisation = self.spec_encoder = self.coefficient_encoder = self.image_encoder = None
         num_tokens = 1  # [CLS]
         if modality != "image":
             self.spectrum_normalisation = SpectrumNormalisation(continuum_degree)
@@ -318,7 +321,7 @@ class FusionModel(nn.Module):
             spectra, coefficients = self.spectrum_normalisation(specs)
             spectrum_features, spectrum_tokens = self.spec_encoder(spectra)
             tokens.append(spectrum_tokens + spectrum_type)
-            # What small coefficients tell hardly comes through the encoder's convolutions and pooling.
+            # A small perceptron on the coefficients did better than a network that had the tokens alone.
             cls_token = cls_token + self.coefficient_encoder(coefficients)[:, None]
         if self.image_encoder is not None and imgs is not None:
             image_features, image_tokens = self.image_encoder(imgs)
@@ -330,8 +333,8 @@ class FusionModel(nn.Module):
         elif self.image_encoder is not None:
             tokens.append(image_type.expand(len(specs), 4, -1))
 
-        tokens.insert(0, cls_token.expand(len(tokens[0]), -1, -1))
-        x = torch.cat(tokens, dim=1) + self.position_embedding  # (B, 1 + 32 + 4, 512)
+        cls_token = cls_token.expand(len(tokens[0]), -1, -1)
+        x = torch.cat([cls_token, *tokens], dim=1) + self.position_embedding  # (B, 1 + 32 + 4, 512)
         with attention_kernels(x.device):
             fuse_logits = self.classifier(self.transformer(x)[:, 0])
         return align_logits, gather(fuse_logits)

@@ -68,6 +68,14 @@ class WithoutPositions(FusionModel):
         torch.nn.init.zeros_(self.position_embedding).requires_grad_(False)
 
 
+class WithoutCoefficients(FusionModel):
+    """[CLS] gets nothing of the eigenspectra's coefficients, and never will."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        torch.nn.init.zeros_(self.coefficient_encoder.weight).requires_grad_(False)
+
+
 class ClassifierBehindPooler(torch.nn.Linear):
     """The classifier (hidden_size, num_classes) behind ViLT's pooler (Linear, tanh), as in the authors' code."""
 
@@ -97,15 +105,6 @@ def keep_all_deviations(self: SpectrumNormalisation, specs: torch.Tensor) -> tup
         return self.deviations(specs), specs.new_zeros(len(specs), model.NUM_EIGENSPECTRA)
 
 
-normalise_spectra = SpectrumNormalisation.forward
-
-
-def forget_coefficients(self: SpectrumNormalisation, specs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of SpectrumNormalisation.forward: the coefficients are zero for every star."""
-    spectra, coefficients = normalise_spectra(self, specs)
-    return spectra, torch.zeros_like(coefficients)
-
-
 def constant_adam(
     network: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int
 ) -> tuple[Optimizer, LRScheduler]:
@@ -132,7 +131,7 @@ ABLATIONS = {
     "with the continuum": ["--continuum-degree", "-1"],
     "without smoothing": patch.object(model, "smooth", lambda spectra: spectra),
     "without eigenspectra": patch.object(SpectrumNormalisation, "forward", keep_all_deviations),
-    "without coefficients in [CLS]": patch.object(SpectrumNormalisation, "forward", forget_coefficients),
+    "without coefficients in [CLS]": patch.object(train, "FusionModel", WithoutCoefficients),
     "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
     "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
     "without blended stars": patch.object(augmentation, "MIN_SHARE", 1.0),

@@ -121,6 +121,7 @@ def test_transformer_is_pre_norm_with_gelu_and_layers_that_start_apart():
     assert first.linear1.weight.std().item() == pytest.approx(0.02, rel=0.02)
     queries, keys, values = first.self_attn.in_proj_weight.chunk(3)
     assert [part.std().item() for part in (queries, keys, values)] == pytest.approx([0.05, 0.05, 0.02], rel=0.02)
+    assert model.coefficient_encoder.weight.std().item() == pytest.approx(0.1, rel=0.05)
     x = torch.randn(2, 37, 512)
     y = first.norm1(x)
     x_attended = x + first.self_attn(y, y, y, need_weights=False)[0]
@@ -319,6 +320,7 @@ def test_an_image_hidden_is_an_image_left_out():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_any_batch_size_on_any_device(batch, device):
     model = small_model().to(device)
+    model.spectrum_normalisation.fit(inputs(8)[0])
     specs, imgs, targets = inputs(batch, device)
     align_logits, fuse_logits = model(specs, imgs)
     assert align_logits.shape == (batch, batch) and fuse_logits.shape == (batch, 5)
