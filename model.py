@@ -321,7 +321,7 @@ class FusionModel(nn.Module):
             spectra, coefficients = self.spectrum_normalisation(specs)
             spectrum_features, spectrum_tokens = self.spec_encoder(spectra)
             tokens.append(spectrum_tokens + spectrum_type)
-            # A small perceptron on the coefficients did better than a network that had the tokens alone.
+            # Directly as well: convolutions and pooling seem to lose what small coefficients tell.
             cls_token = cls_token + self.coefficient_encoder(coefficients)[:, None]
         if self.image_encoder is not None and imgs is not None:
             image_features, image_tokens = self.image_encoder(imgs)
