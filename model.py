@@ -197,18 +197,18 @@ class SpectrumNormalisation(nn.Module):
         self.mean.copy_((weights * flat).sum(dim=0) / weights.sum())
         self.std.copy_(flat.std(dim=0).mean())
         svd = TruncatedSVD(min(NUM_EIGENSPECTRA, len(spectra) - 1), random_state=0)
-        components = svd.fit((weights.sqrt() * self.deviations(spectra)).cpu().numpy()).components_
+        components = svd.fit((weights.sqrt() * self.deviations(flat)).cpu().numpy()).components_
         self.eigenspectra.zero_()[:, : len(components)] = torch.from_numpy(components.T)
 
-    def deviations(self, specs: Tensor) -> Tensor:
-        """(B, 3522): from the mean spectrum, in the unit of `std`, no more than MAX_DEVIATION."""
-        flat = flatten_spectra(specs, self.continuum_basis)
+    def deviations(self, flat: Tensor) -> Tensor:
+        """Those of flattened spectra (B, 3522) from the mean spectrum, in the unit of `std`, no more than
+        MAX_DEVIATION."""
         return ((flat - self.mean) / self.std).clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
     def forward(self, specs: Tensor) -> tuple[Tensor, Tensor]:
         # In float32 (on a GPU, TF32) also under autocast: bfloat16 would round the flux to its third digit.
         with torch.autocast(specs.device.type, enabled=False):
-            amplitudes = self.deviations(specs) @ self.eigenspectra
+            amplitudes = self.deviations(flatten_spectra(specs, self.continuum_basis)) @ self.eigenspectra
             # Ten numbers with the mean square of the spectrum's 3522.
             coefficients = amplitudes * math.sqrt(NUM_EIGENSPECTRA / SPECTRUM_LENGTH)
             return amplitudes @ self.eigenspectra.T, coefficients

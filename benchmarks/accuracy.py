@@ -102,7 +102,8 @@ def build_with_pooler(self: FusionModel, **arguments: Any) -> None:
 def keep_all_deviations(self: SpectrumNormalisation, specs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """In place of SpectrumNormalisation.forward: spectra are no sums of eigenspectra, and have no coefficients."""
     with torch.autocast(specs.device.type, enabled=False):
-        return self.deviations(specs), specs.new_zeros(len(specs), model.NUM_EIGENSPECTRA)
+        deviations = self.deviations(flatten_spectra(specs, self.continuum_basis))
+        return deviations, specs.new_zeros(len(specs), model.NUM_EIGENSPECTRA)
 
 
 def constant_adam(
