@@ -1,15 +1,22 @@
-"""How well the stars of one pass were classified: scores, their uncertainty, a report by class."""
+"""How well a classifier does: one pass over some stars, its scores, their uncertainty, a report by class."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
-from sklearn.metrics import classification_report, precision_recall_fscore_support
-from sklearn.utils import resample
+import torch
+from torch import Tensor
 
-from data import CLASS_NAMES
+import distributed
+from catalog import CLASS_NAMES
+from classifier import Classifier
+from cli import progress
+from dataset import StarLoader
+from loss_sic import loss_sic
+from model import contrastive_logits
 
 BOOTSTRAP_DRAWS = 1000
+STARS_AT_ONCE = 512  # classified together, about; more are no quicker on an H200
 
 
 class Evaluation(NamedTuple):
@@ -18,8 +25,10 @@ class Evaluation(NamedTuple):
     predictions: np.ndarray  # (N,) class indices
 
     def scores(self) -> dict[str, float]:
-        """Accuracy; precision, recall and F1 weighted by class frequency, F1 also as the plain mean over
-        classes; fraction within ± 1 subclass."""
+        """Accuracy; precision, recall and F1 weighted by class frequency; F1 as the plain mean over the classes that
+        occur; fraction within one subclass."""
+        from sklearn.metrics import precision_recall_fscore_support
+
         *by_class, count = precision_recall_fscore_support(
             self.targets, self.predictions, labels=range(len(CLASS_NAMES)), zero_division=0
         )
@@ -29,33 +38,68 @@ class Evaluation(NamedTuple):
             "precision": precision,
             "recall": recall,
             "f1": f1,
-            "f1_macro": float(by_class[2].mean()),
+            "f1_macro": float(by_class[2][count > 0].mean()),
             "within_one_subclass": float((np.abs(self.predictions - self.targets) <= 1).mean()),
         }
 
     def intervals(self) -> dict[str, list[float]]:
         """The 95 % interval of each score, by the bootstrap: these stars drawn again with replacement."""
-        random = np.random.RandomState(0)
-        draws = [
-            Evaluation(self.loss, *resample(self.targets, self.predictions, random_state=random)).scores()
-            for _ in range(BOOTSTRAP_DRAWS)
-        ]
-        return pd.DataFrame(draws).quantile([0.025, 0.975]).to_dict(orient="list")
+        rng = np.random.default_rng(0)
+        rows = rng.integers(len(self.targets), size=(BOOTSTRAP_DRAWS, len(self.targets)))
+        draws = [Evaluation(self.loss, self.targets[some], self.predictions[some]).scores() for some in rows]
+        return {name: np.quantile([draw[name] for draw in draws], [0.025, 0.975]).tolist() for name in draws[0]}
 
     def final_metrics(self, key: str, scored_on: str) -> dict[str, Any]:
         """The entries of a record's final_metrics; `key` is "val" or "test"."""
-        scores = self.scores()
         names = {name: f"{name}_weighted" for name in ("precision", "recall", "f1")}
-        return {f"final_{key}_{names.get(name, name)}": value for name, value in scores.items()} | {
+        return {f"final_{key}_{names.get(name, name)}": value for name, value in self.scores().items()} | {
             f"final_{key}_intervals_95": self.intervals(),
             f"final_{key}_scored_on": scored_on,
         }
 
     def report(self) -> str:
+        from sklearn.metrics import classification_report
+
         labels = range(len(CLASS_NAMES))
         return classification_report(
             self.targets, self.predictions, labels=labels, target_names=CLASS_NAMES, digits=3, zero_division=0
         )
+
+
+@torch.inference_mode()
+def evaluate(
+    classifier: Classifier, loader: StarLoader, batch_size: int, description: str = "evaluating"
+) -> Evaluation:
+    """One pass over a loader's stars, those of all processes.
+
+    batch_size: of the training. The contrastive loss is larger the more stars there are to tell apart, so it is taken
+    over as many; the network takes several such batches at once.
+    """
+    classifier.eval()
+    at_once = batch_size * max(1, STARS_AT_ONCE // batch_size)
+    sic_weight = classifier.recipe.sic_weight
+    losses, targets, predictions = [], [], []
+    batches = math.ceil(len(loader) / at_once / distributed.world_size())
+    for batch in progress(loader.in_order(at_once), desc=description, unit="batch", total=batches):
+        outputs = (*classifier(batch), batch.targets)
+        for start in range(0, len(batch.targets), batch_size):
+            part = (None if output is None else output[start : start + batch_size] for output in outputs)
+            losses.append(summed_loss(*part, sic_weight))
+        targets.append(batch.targets)
+        predictions.append(outputs[2].argmax(dim=1))
+    # Read once, at the end: the pass never waits for the device.
+    own = [torch.stack(losses).sum(), torch.cat(targets), torch.cat(predictions)] if losses else []
+    parts = [part for part in distributed.gather_objects([value.cpu().numpy() for value in own]) if part]
+    totals, *both = zip(*parts, strict=True)
+    return Evaluation(float(np.sum(totals)) / len(loader), *map(np.concatenate, both))
+
+
+def summed_loss(
+    image_features: Tensor | None, spectrum_features: Tensor | None, fuse_logits: Tensor, targets: Tensor, weight: float
+) -> Tensor:
+    """The loss of a batch, summed over its stars."""
+    align_logits = contrastive_logits(image_features, spectrum_features)
+    return loss_sic(align_logits, fuse_logits, targets, sic_weight=weight) * len(targets)
 
 
 def print_scores(scores: dict[str, float], intervals: dict[str, list[float]]) -> None:

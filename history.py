@@ -7,13 +7,16 @@ The file is a list with one record a run. Its keys are those of the earlier repr
 programs which read that file read this one, and more beside them.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +32,12 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from data import CLASS_NAMES, DataError, Star, remove_leftovers, write_atomically
-from model import torch_load, torch_save
+from catalog import CLASS_NAMES, Star
+from checkpoint import torch_load, torch_save
+from cli import DataError, remove_leftovers, write_atomically
 
 # The mark of an unfinished run's file; the number changes with all that makes a run go on otherwise than it began.
-STATE_FORMAT = "m-star training state 6"
+STATE_FORMAT = "m-star training state 7"
 STATE_FILES = "last_state_{}.pth"
 EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1")
 
@@ -46,6 +50,11 @@ class Paths(NamedTuple):
     confusion_matrix: dict[str, Path]  # by part of the stars
     checkpoint: Path
     state: Path
+
+    def remove_leftovers(self) -> None:
+        """Delete the partial files of a run that was killed."""
+        for path in (self.checkpoint, self.state, self.training_plot, *self.confusion_matrix.values()):
+            remove_leftovers(path)
 
 
 def run_paths(output_dir: Path, training_id: str) -> Paths:
@@ -60,17 +69,25 @@ def run_paths(output_dir: Path, training_id: str) -> Paths:
     )
 
 
-class Training(NamedTuple):
-    """A run as far as it is: what --resume needs of an unfinished one. All else follows from its options."""
+@dataclass
+class Training:
+    """A run as far as it is: what --resume needs of an unfinished one. Everything else follows from its options."""
 
-    options: dict[str, Any]  # of the command line
+    options: dict[str, Any]  # of the command line, as plain values
     stars: list[str]  # each with all that the split depends on, in order
     record: dict
-    states: dict[str, dict]  # of network, running mean, optimizer and schedule
+    states: dict[str, dict] = field(default_factory=dict)  # of trainer.Trainer, after the last whole epoch
+    epochs_kept: int = 0  # of the record when `states` was taken
+
+    def keep(self, states: dict[str, dict]) -> None:
+        """Remember the state after an epoch; `save` writes it, also if the next epoch is interrupted."""
+        self.states, self.epochs_kept = states, len(self.record["epoch_metrics"]["train_loss"])
 
     def save(self, path: Path) -> None:
+        curves = {name: curve[: self.epochs_kept] for name, curve in self.record["epoch_metrics"].items()}
+        contents = vars(self) | {"format": STATE_FORMAT, "record": self.record | {"epoch_metrics": curves}}
         with write_atomically(path) as temporary:
-            torch_save({"format": STATE_FORMAT, **self._asdict()}, temporary)
+            torch_save(contents, temporary)
 
 
 def load_training(path: Path) -> Training:
@@ -78,12 +95,19 @@ def load_training(path: Path) -> Training:
     state = torch_load(path)
     if not isinstance(state, dict) or state.pop("format", None) != STATE_FORMAT:
         raise OSError(
-            f"{path}: no unfinished run of this version of the program (train.py keeps them as "
+            f"{path}: no unfinished run of this version of the program (train.py writes them as "
             f"{STATE_FILES.format('ID')})"
         )
-    if set(state) != set(Training._fields):
-        raise OSError(f"{path}: kept by another version of train.py, which alone can go on with it")
     return Training(**state)
+
+
+def plain_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run depends on, as values that JSON and weights_only files hold."""
+    ignored = {"evaluate", "split", "resume", "quiet", "given"}
+    options = {name: value for name, value in vars(args).items() if name not in ignored}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    chosen = {one.name for one in dataclasses.fields(args.recipe)}
+    return {name: value for name, value in options.items() if name not in chosen} | {"recipe": asdict(args.recipe)}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Is a star unlike those that a network was trained on? A network gives every input a class: a galaxy, too.
 
     references = fit_references(train_loader)                        # train.py: into the checkpoint
-    unlikeness("spectrum", spectra, references["spectrum"])          # predict.py: (B,), flagged above 1
+    outlier_score("spectrum", spectra, references["spectrum"])          # predict.py: (B,), flagged above 1
 
 Of each input a few numbers are kept: of a spectrum its mean flux in 32 bands, of an image the median
 brightness of 6 rings around its centre in 3 colours, which neighbours in the field hardly change. A star's
@@ -9,19 +9,14 @@ Mahalanobis distance from the training stars (covariance after Ledoit & Wolf 200
 88, 365, sound also for fewer stars than numbers) is divided by the one that 99.5 % of these keep within.
 """
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from sklearn.covariance import LedoitWolf
 from sklearn.model_selection import KFold
 from torch import Tensor
 
-from data import CUTOUT_SCALE, IMAGE_SIZE
-
-if TYPE_CHECKING:
-    from train import Batch
+from cache import PreparedStars
+from sdss_files import CUTOUT_SCALE, IMAGE_SIZE
 
 BANDS = 32
 RING_EDGES = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 12.0)  # arcsec from the star
@@ -29,8 +24,8 @@ ORDINARY = 0.995  # fraction of the training stars that is taken for ordinary
 
 
 def summarise_spectra(spectra: Tensor) -> Tensor:
-    """(B, 3522) → (B, 32): the mean flux of bands of equal width in log wavelength."""
-    return torch.stack([band.mean(dim=1) for band in spectra.tensor_split(BANDS, dim=1)], dim=1)
+    """(B, 2, 3522) → (B, 32): the mean flux of bands of equal width in log wavelength."""
+    return torch.stack([band.mean(dim=1) for band in spectra[:, 0].tensor_split(BANDS, dim=1)], dim=1)
 
 
 def summarise_images(images: Tensor) -> Tensor:
@@ -44,14 +39,15 @@ def summarise_images(images: Tensor) -> Tensor:
 SUMMARIES = {"spectrum": summarise_spectra, "image": summarise_images}
 
 
-def fit_references(batches: Iterable["Batch"]) -> dict[str, dict[str, Tensor]]:
-    """What `unlikeness` compares with, for each input in these batches of training stars."""
-    rows: dict[str, list[Tensor]] = {kind: [] for kind in SUMMARIES}
-    for batch in batches:
-        for kind, inputs in (("spectrum", batch.spectra), ("image", batch.images)):
-            if inputs is not None:
-                rows[kind].append(SUMMARIES[kind](inputs))
-    return {kind: _fit(torch.cat(summaries)) for kind, summaries in rows.items() if summaries}
+def fit_references(prepared: PreparedStars, rows: np.ndarray) -> dict[str, dict[str, Tensor]]:
+    """The reference that `outlier_score` compares with, for each input of the training stars, `rows` of the prepared
+    ones."""
+    references = {}
+    for kind, inputs in (("spectrum", prepared.spectra), ("image", prepared.images)):
+        if inputs is not None:
+            summaries = [SUMMARIES[kind](inputs[some]) for some in np.array_split(rows, len(rows) // 1024 + 1)]
+            references[kind] = _fit(torch.cat(summaries))
+    return references
 
 
 def _fit(summaries: Tensor) -> dict[str, Tensor]:
@@ -65,7 +61,7 @@ def _fit(summaries: Tensor) -> dict[str, Tensor]:
     return {name: torch.as_tensor(array) for name, array in arrays.items()}
 
 
-def unlikeness(kind: str, inputs: Tensor, reference: dict[str, Tensor]) -> Tensor:
+def outlier_score(kind: str, inputs: Tensor, reference: dict[str, Tensor]) -> Tensor:
     """(B,): the distance of these spectra or images from the training stars', 1 where 99.5 % of these are nearer."""
     offset = SUMMARIES[kind](inputs).double() - reference["mean"]
     distance = torch.einsum("bi,ij,bj->b", offset, reference["precision"], offset).clamp(min=0).sqrt()

@@ -2,14 +2,14 @@
 
 It serves real FITS and JPEG bytes under SDSS's own paths, answers queries from a database with the tables
 SpecObj and PhotoObj, records what it is asked, and fails as it is told to: `server.fail("spec-0269", status(503),
-status(503))` spoils the next two answers to requests whose address contains that text; `server.script` decides
-about every request.
+status(503))` spoils the next two answers to requests whose address contains that text; `server.script` chooses a
+fault, or none, for every request.
 """
 
 import contextlib
 import csv
-import functools
 import io
+import math
 import re
 import socket
 import sqlite3
@@ -27,7 +27,7 @@ import numpy as np
 from astropy.io import fits
 from PIL import Image, ImageDraw
 
-from data import Star
+from catalog import Star
 
 SAS = "/sas/dr16"
 SKYSERVER = "/dr16/SkyServerWS"
@@ -36,9 +36,10 @@ SKYSERVER = "/dr16/SkyServerWS"
 # SDSS's files
 
 
-def make_spectrum_bytes(star: Star, extensions: int = 3, pixels: int = 3840) -> bytes:
+def make_spectrum_bytes(star: Star, extensions: int = 3) -> bytes:
     """A FITS file laid out as SDSS's lite ones; `extensions` > 3 adds exposures of 2048 pixels, as in the full ones."""
     random = np.random.default_rng(star.plate * 1000 + star.fiberID)
+    pixels = 3840
     loglam = (np.arange(pixels) + 35_800) * 1e-4
     flux = 10 + loglam + random.normal(0, 0.5, pixels)
     columns = [
@@ -52,7 +53,10 @@ def make_spectrum_bytes(star: Star, extensions: int = 3, pixels: int = 3840) -> 
         fits.Column("model", "E", array=10 + loglam),
     ]
     primary = fits.PrimaryHDU()
-    primary.header.update({"RA": 151.5, "DEC": 0.0, **_identity(star)})  # RA, DEC: the plate's centre
+    identity = {"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID}
+    if math.isfinite(star.ra):
+        identity |= {"PLUG_RA": star.ra, "PLUG_DEC": star.dec}
+    primary.header.update({"RA": 151.5, "DEC": 0.0, **identity})  # RA, DEC: the plate's centre
     coadd = fits.BinTableHDU.from_columns(columns, name="COADD")
     row = [fits.Column("CLASS", "4A", array=["STAR"]), fits.Column("SUBCLASS", "2A", array=[star.subclass])]
     others = [fits.BinTableHDU.from_columns(row) for _ in range(2)]
@@ -61,28 +65,6 @@ def make_spectrum_bytes(star: Star, extensions: int = 3, pixels: int = 3840) -> 
     content = io.BytesIO()
     fits.HDUList([primary, coadd, *others]).writeto(content)
     return content.getvalue()
-
-
-def _identity(star: Star) -> dict[str, float]:
-    return {
-        "PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID, "PLUG_RA": star.ra, "PLUG_DEC": star.dec
-    }  # fmt: skip
-
-
-_SMALL_STAR = Star("small", "M0", 266, 51630, 1, 146.0, -1.0)
-
-
-@functools.cache
-def _small_spectrum() -> bytes:
-    return make_spectrum_bytes(_SMALL_STAR, extensions=1, pixels=60)
-
-
-def make_small_spectrum_bytes(star: Star) -> bytes:
-    """A file of 60 pixels, made quickly, for tests of many stars."""
-    content = _small_spectrum()
-    for (key, there), value in zip(_identity(_SMALL_STAR).items(), _identity(star).values(), strict=True):
-        content = content.replace(fits.Card(key, there).image.encode(), fits.Card(key, value).image.encode())
-    return content
 
 
 def make_cutout_bytes(ra: float, dec: float, size: int = 128) -> bytes:
@@ -119,10 +101,10 @@ class Answer:
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     cut_at: int | None = None  # the connection breaks here, whatever Content-Length says
-    pause: float = 0.0  # seconds between any two bytes
+    pause: float = 0.0  # seconds between any two bytes of the body
     hang: float = 0.0  # seconds before anything is sent
     reset: bool = False  # the connection is reset in place of an answer
-    endless: tuple[bytes, bytes] | None = None  # these raw bytes in place of an answer; the second part for ever
+    endless: bool = False  # the body is sent again and again, without Content-Length
 
 
 Fault = Callable[[Answer], Answer]  # makes a spoilt answer of the right one
@@ -151,25 +133,8 @@ def reset(answer: Answer) -> Answer:
     return Answer(reset=True)
 
 
-def cut_by_header(answer: Answer) -> Answer:
-    """A Content-Length below the bytes that come."""
-    return Answer(body=answer.body, headers={"Content-Length": str(len(answer.body) // 2)})
-
-
-def endless_headers(pause: float) -> Fault:
-    return lambda answer: Answer(endless=(b"HTTP/1.1 200 OK\r\nX-Wait: ", b"."), pause=pause)
-
-
-def endless_chunk_size(pause: float) -> Fault:
-    return lambda answer: Answer(endless=(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"), pause=pause)
-
-
-def endless_body(answer: Answer) -> Answer:
-    return Answer(endless=(b"HTTP/1.1 200 OK\r\n\r\n", bytes(2**16)))
-
-
-def endless_redirect(location: str) -> Fault:
-    return lambda answer: Answer(endless=(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\n\r\n".encode(), bytes(2**16)))
+def endless(answer: Answer) -> Answer:
+    return Answer(body=bytes(2**16), endless=True)
 
 
 def hang(seconds: float) -> Fault:
@@ -221,21 +186,16 @@ class SdssServer(ThreadingHTTPServer):
     def paths(self) -> list[str]:
         return [request.path for request in self.requests]
 
-    def add_small(self, star: Star, path: str) -> None:
-        """Serve a star's small spectrum at this path, and the cutout at its position."""
-        self.files[path] = make_small_spectrum_bytes(star)
-        self.footprint[f"{star.ra:.5f}", f"{star.dec:.5f}"] = star.ra, star.dec
-
-    def add(self, star: Star, run2d: str = "26") -> None:
-        """Serve a star's spectrum, lite and full, under `run2d`, and the cutout at its position."""
-        name = f"{star.plate:04d}/spec-{star.plate:04d}-{star.mjd:05d}-{star.fiberID:04d}.fits"
+    def add(self, star: Star, run2d: str = "26", *, full: bool = False, release: str = "dr16") -> str:
+        """Serve a star's spectrum under `run2d`, and the cutout at its position; returns the spectrum's path."""
         if run2d.startswith("v5_"):
-            lite, full = (f"{SAS}/eboss/spectro/redux/{run2d}/spectra/{kind}/{name}" for kind in ("lite", "full"))
+            folder = f"eboss/spectro/redux/{run2d}/spectra/{'full' if full else 'lite'}"
         else:
-            lite, full = (f"{SAS}/sdss/spectro/redux/{run2d}/spectra/{kind}{name}" for kind in ("lite/", ""))
-        self.files[lite] = make_spectrum_bytes(star)
-        self.files[full] = make_spectrum_bytes(star, extensions=9)  # three exposures by two cameras
+            folder = f"sdss/spectro/redux/{run2d}/spectra{'' if full else '/lite'}"
+        path = f"/sas/{release}/{folder}/{star.plate:04d}/spec-{star.spectrum_id}.fits"
+        self.files[path] = make_spectrum_bytes(star, extensions=9 if full else 3)  # 9: three exposures by two cameras
         self.footprint[f"{star.ra:.5f}", f"{star.dec:.5f}"] = star.ra, star.dec
+        return path
 
     def list_star(self, star: Star, snr: float, **others: object) -> None:
         """Let queries find a star; `others` are columns of SpecObj."""
@@ -337,29 +297,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             return
-        if answer.endless is not None:
-            begin, piece = answer.endless
-            self.close_connection = True
-            self.wfile.write(begin)
-            while not self.server.closing.wait(answer.pause):
-                self.wfile.write(piece)
-                self.wfile.flush()
-            return
         self.send_response(answer.status)
         for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
-            self.send_header(name, value)
+            if not answer.endless:
+                self.send_header(name, value)
         self.end_headers()
         body = answer.body[: answer.cut_at]
         with self.server._lock:
             self.server.bytes_sent += len(body)
-        piece = 1 if answer.pause else len(body)
-        for start in range(0, len(body), piece or 1):
+        piece = 1 if answer.pause else len(body) or 1
+        for start in range(0, len(body), piece):
             self.wfile.write(body[start : start + piece])
             self.wfile.flush()
             if self.server.closing.wait(answer.pause):
                 break
-        if answer.cut_at is not None:
-            self.close_connection = True
+        while answer.endless and not self.server.closing.is_set():
+            self.wfile.write(body)
+        self.close_connection |= answer.endless or answer.cut_at is not None
 
     def log_message(self, *args: object) -> None:
         """Keep the tests' output clean."""

@@ -5,20 +5,19 @@ import json
 import accuracy
 import numpy as np
 import pytest
-import template_stars
 import torch
 from common import run_script
 
 import data
 import train
 from model import CHECKPOINT_FORMAT, MAX_DEVIATION, FusionModel, SpectrumNormalisation, flatten_spectra
-from simulate_sdss_data import Target, simulate
+from simulate_sdss_data import simulate
 
 
 @pytest.fixture(scope="module")
 def stars_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("stars") / "data"
-    simulate(directory, per_class=14, seed=3)
+    simulate(directory, per_class=14, seed=3, min_snr=5)
     return directory
 
 
@@ -142,76 +141,3 @@ def test_noisier_spectra_count_for_less_in_weighted_class_means():
         for weights in (noise**-2.0, None)
     ]
     assert errors[0] < 0.05 * errors[1]
-
-
-LOGLAM = np.arange(35_500, 39_701) / data.PIXELS_PER_DEX
-
-
-@pytest.fixture
-def templates_file(tmp_path):
-    """Flat spectra with two bands: one at 7100 Å, of a depth that tells the subclass, one at 8000 Å of metallicity."""
-    arrays = {"loglam": LOGLAM}
-    for subclass in range(6):
-        for metallicity in (0.0, 0.5):
-            flux = np.ones(len(LOGLAM))
-            flux[np.abs(10**LOGLAM - 7100) < 60] -= 0.15 * subclass
-            flux[np.abs(10**LOGLAM - 8000) < 60] -= 0.4 + 0.4 * metallicity
-            flux[:123] = np.nan  # as the real ones, where no star has flux
-            arrays[f"M{subclass}_{metallicity:+.1f}_flux"] = flux
-    np.savez(tmp_path / "templates.npz", **arrays)
-    return tmp_path / "templates.npz"
-
-
-def band_depth(wavelength, flux, centre):
-    offset = np.abs(wavelength - centre)
-    return 1 - flux[offset < 50].mean() / flux[(offset > 70) & (offset < 120)].mean()
-
-
-def test_template_stars_have_the_bands_of_their_subclass(templates_file, tmp_path):
-    options = ["--templates", templates_file, "--per-class", 12, "--min-snr", 50, "--max-snr", 60, "--quiet"]
-    done = run_script("benchmarks/template_stars.py", tmp_path / "stars", *options)
-    assert done.returncode == 0, done.stderr
-    stars, _ = data.read_catalog(data.catalog_path(tmp_path / "stars"))
-    assert len(stars) == 60 and all(star.simulated for star in stars)
-    wavelength = 10 ** ((data.FIRST_PIXEL + np.arange(data.SPECTRUM_LENGTH)) / data.PIXELS_PER_DEX)
-    for star in stars:
-        depth = band_depth(wavelength, data.load_spectrum(tmp_path / "stars", star), 7100)
-        assert abs(depth / 0.15 - int(star.subclass[1])) < 0.6, star
-    assert b"template_stars.py" in data.spectrum_path(tmp_path / "stars", stars[0]).read_bytes()
-
-
-def test_template_stars_have_the_noise_that_they_state_and_vary_in_metallicity(templates_file):
-    templates = template_stars.read_templates(templates_file)
-    star = data.Star("1", "M2", 300, 52000, 1, 150.0, 20.0)
-    target = Target(star, run2d=26, plate_center=(150.0, 20.0), subtype=2.0, snr=20.0)
-    observed = [
-        template_stars.observe_spectrum(target, np.random.default_rng(seed), templates).columns for seed in range(40)
-    ]
-    deviations, products, depths = [], [], []
-    for columns in observed:
-        error = (columns["flux"] - columns["model"]) * np.sqrt(columns["ivar"])
-        good = (columns["ivar"] > 0) & (np.abs(error) < 8)
-        deviations.append(error[good])
-        products.append((error[1:] * error[:-1])[good[1:] & good[:-1]])
-        assert np.median((columns["model"] * np.sqrt(columns["ivar"]))[good]) == pytest.approx(20, rel=0.02)
-        depths.append(band_depth(10 ** columns["loglam"], columns["model"], 8000))
-    assert np.concatenate(deviations).var() == pytest.approx(1, abs=0.03)
-    assert np.concatenate(products).mean() == pytest.approx(0.56, abs=0.03)
-    # Depth is 0.4 and 0.4 more a dex: a scatter of 0.25 dex.
-    assert np.mean(depths) == pytest.approx(0.4, abs=0.06) and np.std(depths) == pytest.approx(0.1, abs=0.04)
-
-
-def test_a_file_that_holds_no_templates_is_named(templates_file, tmp_path):
-    (tmp_path / "text.npz").write_text("no templates")
-    np.savez(tmp_path / "few.npz", loglam=LOGLAM)
-    np.savez(tmp_path / "short.npz", **{**np.load(templates_file), "M2_+0.5_flux": np.ones(3)})
-    reasons = {
-        "text": "not a file of templates",
-        "few": "no M0_+0.0_flux in it",
-        "short": "M2_+0.5_flux has not as many",
-    }
-    for name, reason in reasons.items():
-        options = ["--templates", tmp_path / f"{name}.npz"]
-        done = run_script("benchmarks/template_stars.py", tmp_path / "stars", *options)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1
-        assert f"{name}.npz: {reason}" in done.stderr and not (tmp_path / "stars").exists()

@@ -1,0 +1,51 @@
+"""The network with all that its answer depends on: the recipe, the standardisation, the precision."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from catalog import CLASS_NAMES
+from dataset import Batch
+from model import FusionModel
+from preparation import Standardisation
+from recipe import Recipe
+
+
+class Classifier(nn.Module):
+    """A FusionModel with random weights, behind its standardisation.
+
+    forward: a Batch of B stars → image_features and spectrum_features (B, 512), None where the modality does not read
+    the input, and fuse_logits (B, 5) float32.
+    """
+
+    def __init__(self, recipe: Recipe, precision: str = "fp32") -> None:
+        super().__init__()
+        self.recipe, self.precision = recipe, precision
+        self.standardise = Standardisation(recipe)
+        self.network = FusionModel(
+            len(CLASS_NAMES),
+            num_layers=recipe.num_layers,
+            modality=recipe.modality,
+            image_backbone=recipe.image_backbone,
+            attention_std=recipe.attention_std,
+            position_std=recipe.position_std,
+            zero_init_residual=bool(recipe.zero_init_residual),
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        specs, imgs = self.standardise(batch.spectra, batch.images)
+        with self.autocast(), attention_kernels(batch.targets.device):
+            *features, fuse_logits = self.network.forward_features(specs, imgs, batch.image_mask)
+        return *features, fuse_logits.float()
+
+    def autocast(self) -> torch.autocast:
+        device = next(self.parameters()).device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:
+    """On a CPU, attention by plain products: the backward pass of the fused kernel takes five times as long in bf16."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()

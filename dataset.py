@@ -1,0 +1,150 @@
+"""The prepared stars as training and evaluation take them: the split, and batches on the device."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import distributed
+from cache import PreparedStars
+from catalog import CLASS_NAMES, group_same_stars
+from cli import DataError
+
+RESIDENT_SHARE = 0.5  # of the GPU's free memory that the stars may take
+
+
+class Batch(NamedTuple):
+    """Some prepared stars; an input that the modality does not read is None."""
+
+    spectra: Tensor | None  # (B, 2, 3522) float32: flux over its median, and its inverse variance
+    images: Tensor | None  # (B, 3, 128, 128) uint8, or float32 of mixed stars; 0…255
+    targets: Tensor  # (B,) int64 class indices, or (B, 5) float32 class weights of mixed stars
+    image_mask: Tensor | None = None  # (B,) bool: the Transformer sees the image; None: of all stars
+
+
+def split_stars(
+    prepared: PreparedStars, validation_split: float, test_split: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Indices of the "train", "validation" and "test" stars: stratified by class, no star in two parts.
+
+    Raises DataError where a class has too few stars for that.
+    """
+    from sklearn.model_selection import train_test_split  # here: it takes a second, which other commands do not need
+
+    star_group = group_same_stars(prepared.stars)
+    groups, first = np.unique(star_group, return_index=True)
+    group_class = prepared.targets.numpy()[first]
+    needed = 2 if test_split == 0 else 3
+    rows = Counter(star.subclass for star in prepared.stars)
+    for name, count in zip(CLASS_NAMES, np.bincount(group_class, minlength=len(CLASS_NAMES)), strict=True):
+        if count < needed:
+            raise DataError(
+                f"class {name} has {rows[name]} usable spectra, of {count} star(s); every class needs at least "
+                f"{needed} stars to be split"
+            )
+
+    def part(groups: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return train_test_split(groups, test_size=fraction, stratify=group_class[groups], random_state=seed)
+        except ValueError as error:  # fewer stars in a part than classes
+            raise DataError(f"{len(groups)} stars cannot be split, {fraction:.2f} of them apart: {error}") from error
+
+    held_out = np.array([], dtype=int)
+    if test_split > 0:
+        groups, held_out = part(groups, test_split)
+    training, validation = part(groups, validation_split / (1 - test_split))
+    parts = {"train": training, "validation": validation, "test": held_out}
+    splits = {name: np.flatnonzero(np.isin(star_group, members)) for name, members in parts.items()}
+    for name, indices in splits.items():
+        absent = set(range(len(CLASS_NAMES))) - set(prepared.targets[indices].tolist())
+        if len(indices) and absent:
+            raise DataError(
+                f"no {CLASS_NAMES[min(absent)]} star in the {name} part: too few stars, or too small a part"
+            )
+    return splits
+
+
+def equal_batches(stars: int, batch_size: int, processes: int = 1) -> tuple[int, int]:
+    """The number and size of an epoch's batches: equal ones, of at most `batch_size` stars.
+
+    The stars left over, fewer than one a batch and process, rest until the next epoch.
+    Raises DataError where there are fewer stars than processes.
+    """
+    count = math.ceil(stars / batch_size)
+    size = stars // count // processes * processes
+    if size == 0:
+        raise DataError(f"batches of {min(stars, batch_size)} stars cannot be shared by {processes} processes")
+    return count, size
+
+
+class StarLoader:
+    """Batches of some of the prepared stars, on a device; of several processes, each has its share of the stars.
+
+    On a GPU with room for them all stars are loaded at once, and a batch is an index. Elsewhere the next batch is read
+    from the cache while the last one is in use.
+    """
+
+    def __init__(self, prepared: PreparedStars, indices: np.ndarray, device: torch.device) -> None:
+        self.device, self.indices = device, torch.as_tensor(indices)
+        self.prepared, self.resident = prepared, None
+        if device.type == "cuda":
+            star_bytes = sum(part[:1].nbytes for part in (prepared.spectra, prepared.images) if part is not None)
+            if len(indices) * star_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+                self.resident = self._read(torch.arange(len(indices)))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """The stars in random order, in equal batches of at most `batch_size`; see `equal_batches`."""
+        count, size = equal_batches(len(self), batch_size, distributed.world_size())
+        batches = torch.randperm(len(self), generator=generator)[: count * size].view(count, size)
+        yield from self._batches(batches[:, distributed.rank() :: distributed.world_size()])
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """All stars in their order; of several processes, each has batches of its own."""
+        batches = torch.arange(len(self)).split(batch_size)
+        yield from self._batches(batches[distributed.rank() :: distributed.world_size()])
+
+    def _batches(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
+        if self.resident is None:
+            yield from prefetch(self._read, batches)
+            return
+        for rows in batches:
+            rows = rows.pin_memory().to(self.device, non_blocking=True)
+            yield Batch(*(None if part is None else part[rows] for part in self.resident))
+
+    def _read(self, rows: Tensor) -> Batch:
+        chosen, prepared = self.indices[rows], self.prepared
+        parts = (None if part is None else part[chosen] for part in (prepared.spectra, prepared.images))
+        return move(Batch(*parts, prepared.targets[chosen]), self.device)
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; to a GPU by pinned memory, so that nothing waits for the copy."""
+    if device.type == "cpu":
+        return batch
+    return Batch(*(None if part is None else part.pin_memory().to(device, non_blocking=True) for part in batch))
+
+
+def prefetch(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """read(item) for each item; the next one is read in a thread of its own while the caller uses the last."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for item in items:
+            following = pool.submit(read, item)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()
+
+
+def random_stream(seed: int, *keys: int) -> int:
+    """The seed of an independent stream: those of (42, 2) and (43, 1) have nothing in common."""
+    return int(np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)[0] >> 1)

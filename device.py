@@ -1,0 +1,36 @@
+"""Where the network runs, and in which precision."""
+
+import torch
+
+import distributed
+from cli import DataError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that --device names; "auto" is this process's GPU if there is one. Raises DataError without it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise DataError(f"{torch.cuda.device_count()} GPU(s) here, one for each process: lower --nproc-per-node")
+    torch.cuda.set_device(distributed.local_rank())
+    return torch.device("cuda", distributed.local_rank())
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "fp32" or "bf16"; "auto" is bf16 where the hardware computes in it, fp32 elsewhere."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # without instructions of its own for it, a processor is slower in bf16 than in fp32
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = torch.backends.mkldnn.is_available() and any(
+            capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
+        )
+    return "bf16" if has_bf16 else "fp32"
+
+
+def describe_device(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)

@@ -1,0 +1,161 @@
+"""From the content of a star's files to the inputs of the network, in two stages.
+
+    prepared = prepare_spectrum(spectrum)              # (2, 3522), once a file: the cache holds it
+    pixels = prepare_cutout(cutout.pixels)             # (3, 128, 128)
+
+    standardise = Standardisation(recipe)              # a part of every checkpoint
+    standardise.fit(spectra)                           # on the training stars alone
+    specs, imgs = standardise(spectra, images)         # (B, 3522), (B, 3, 128, 128): what FusionModel reads
+
+The window of 4000–9000 Å and its 3522 pixels are the paper's.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.ndimage import median_filter
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+
+from cli import DataError
+from recipe import Recipe
+from sdss_files import PIXELS_PER_DEX, Spectrum
+
+# Pixels 36021…39542 of SDSS's grid, loglam = pixel · 1e-4, are all those between 4000 and 9000 Å: the paper's 3522.
+FIRST_PIXEL = 36021
+SPECTRUM_LENGTH = 3522
+WAVELENGTH = 10 ** ((FIRST_PIXEL + np.arange(SPECTRUM_LENGTH)) / PIXELS_PER_DEX)  # Å, vacuum
+MIN_GOOD_FRACTION = 0.5  # a spectrum with fewer good pixels in the window is not used
+
+# Cosmic rays and failed sky subtraction that ivar does not mark: a pixel is rejected if it departs from the median of
+# its neighbours by more than both. Noise alone stays within the first, an M star's bands and lines within the second.
+OUTLIER_SIGMA = 5.0
+OUTLIER_FLUX = 1.0  # of the spectrum's median
+OUTLIER_WINDOW = 15  # pixels
+
+# A pixel's weight in the mean spectrum is 1 / (its variance + INTRINSIC_SCATTER²), so that no bright star decides alone.
+INTRINSIC_SCATTER = 0.1  # of the median flux; about how much stars of one class differ
+
+# Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:
+    """(2, 3522) float32, 4000–9000 Å on the SDSS grid: flux over its median, and the inverse variance of that.
+
+    A pixel that is bad (ivar = 0, not finite, absent) or an outlier has an inverse variance of 0; its flux is
+    interpolated. Raises DataError, naming the file, if more than half of the window is bad or its median flux is not
+    positive.
+    """
+    position = spectrum.loglam * PIXELS_PER_DEX
+    pixel = np.rint(position[0]) + np.arange(len(position))
+    if not np.abs(position - pixel).max() < 0.1:  # float32 loglam is good to 0.005 pixel
+        raise DataError(f"{spectrum.path}: its wavelengths are not on the SDSS grid (loglam in steps of 1e-4)")
+    index = pixel.astype(int) - FIRST_PIXEL
+    good = (index >= 0) & (index < SPECTRUM_LENGTH) & np.isfinite(spectrum.flux)
+    good &= np.isfinite(spectrum.ivar) & (spectrum.ivar > 0)
+    if good.sum() < MIN_GOOD_FRACTION * SPECTRUM_LENGTH:
+        raise DataError(
+            f"{spectrum.path}: only {good.sum()} of the {SPECTRUM_LENGTH} pixels between 4000 and 9000 Å are good"
+        )
+    index, flux, ivar = index[good], spectrum.flux[good], spectrum.ivar[good]
+    median = np.median(flux)
+    if not median > 0:
+        raise DataError(f"{spectrum.path}: its median flux is {median:.3g}: there is no star in this spectrum")
+    flux, ivar = flux / median, ivar * median**2
+    departure = np.abs(flux - median_filter(flux, OUTLIER_WINDOW, mode="nearest"))
+    kept = departure <= np.maximum(OUTLIER_SIGMA / np.sqrt(ivar), OUTLIER_FLUX)
+    prepared = np.zeros((2, SPECTRUM_LENGTH), np.float32)
+    prepared[0] = np.interp(np.arange(SPECTRUM_LENGTH), index[kept], flux[kept])
+    prepared[1, index[kept]] = ivar[kept]
+    return prepared
+
+
+def prepare_cutout(pixels: np.ndarray) -> np.ndarray:
+    """(3, 128, 128) uint8 from a cutout's (128, 128, 3)."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # height, width, colour → colour, height, width
+
+
+def noise_of(ivar: Tensor) -> Tensor:
+    """Standard deviation of each pixel; 0 where it is bad."""
+    return torch.where(ivar > 0, ivar.clamp(min=1e-30).rsqrt(), 0.0)
+
+
+def smooth(flux: Tensor, ivar: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Spectra (B, L) convolved with a Gaussian of `sigma` pixels, each pixel weighted by its inverse variance."""
+
+    def blur(values: Tensor, width: float) -> Tensor:
+        size = 2 * math.ceil(4 * width) + 1
+        return gaussian_blur(values[None], kernel_size=[size, 1], sigma=[width, 1.0])[0]  # along an image's rows
+
+    weights = ivar + 1e-6  # a gap wider than the kernel is filled with its interpolated flux
+    total = blur(weights, sigma)
+    # A Gaussian squared is one of 1/√2 of its width, of sum 1 / (2 √π σ).
+    variance = blur(weights, sigma / math.sqrt(2)) / (2 * math.sqrt(math.pi) * sigma) / total**2
+    return blur(weights * flux, sigma) / total, 1 / variance
+
+
+class Standardisation(nn.Module):
+    """Prepared stars to the network's inputs; its statistics are those of the training stars.
+
+    forward: spectra (B, 2, 3522) as of `prepare_spectrum`, images (B, 3, 128, 128) with values 0…255, or None →
+    specs (B, 3522), flux less the mean spectrum over one scale; imgs (B, 3, 128, 128), normalised as for ImageNet.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        degree = recipe.continuum_degree
+        polynomials = np.polynomial.legendre.legvander(np.linspace(-1, 1, SPECTRUM_LENGTH), max(degree, 0))
+        basis = torch.from_numpy(np.linalg.qr(polynomials[:, : degree + 1])[0]).float()
+        self.register_buffer("continuum_basis", basis, persistent=False)
+        self.register_buffer("mean", torch.zeros(SPECTRUM_LENGTH))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("eigenspectra", torch.zeros(SPECTRUM_LENGTH, recipe.num_eigenspectra))
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
+
+    def fit(self, spectra: Tensor) -> None:
+        """Take mean spectrum and scale from the prepared spectra (n, 2, 3522) of training stars.
+
+        Pixels are weighted by 1 / (variance + INTRINSIC_SCATTER²): a noisy star moves neither. Raises DataError where
+        the spectra are all the same.
+        """
+        flux, ivar = self.filter(spectra.to(self.mean))
+        if torch.allclose(flux, flux[:1], atol=1e-6):
+            raise DataError("the training stars all have the same spectrum: there is nothing to learn from them")
+        weights = ivar / (1 + ivar * INTRINSIC_SCATTER**2) + 1e-6  # where no star has a good pixel, all count alike
+        self.mean.copy_((weights * flux).sum(dim=0) / weights.sum(dim=0))
+        deviations = flux - self.mean
+        self.scale.copy_(((weights * deviations**2).sum() / weights.sum()).sqrt())
+        if self.recipe.num_eigenspectra:
+            star_weights = weights.mean(dim=1, keepdim=True).sqrt()
+            components = torch.linalg.svd(star_weights * deviations, full_matrices=False).Vh
+            components = components[: min(self.recipe.num_eigenspectra, len(flux) - 1)]
+            self.eigenspectra.zero_()[:, : len(components)] = components.T
+
+    def filter(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
+        """Flux and inverse variance (B, 3522), smoothed and without continuum as the recipe says."""
+        flux, ivar = spectra.unbind(dim=1)
+        if self.recipe.smoothing:
+            flux, ivar = smooth(flux, ivar, self.recipe.smoothing)
+        if self.recipe.continuum_degree >= 0:
+            flux = flux - flux @ self.continuum_basis @ self.continuum_basis.T
+        return flux, ivar
+
+    def forward(self, spectra: Tensor | None, images: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        specs = imgs = None
+        if spectra is not None:
+            specs, ivar = self.filter(spectra)
+            specs = (specs - self.mean) / self.scale
+            if self.recipe.shrinkage:
+                signal = self.recipe.shrinkage**2 * ivar
+                specs = specs * signal / (1 + signal)
+            if self.recipe.num_eigenspectra:
+                specs = specs @ self.eigenspectra @ self.eigenspectra.T
+        if images is not None:
+            imgs = (images - self.image_mean) / self.image_std
+            imgs = imgs.contiguous(memory_format=torch.channels_last)
+        return specs, imgs

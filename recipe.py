@@ -1,0 +1,102 @@
+"""The choices that make a run, by name: the paper's recipe, and an improved one.
+
+    python train.py                                     PAPER, the default
+    python train.py --recipe improved                   IMPROVED
+    python train.py --recipe paper --mixup 0.5          one choice changed: an ablation
+    dataclasses.replace(PAPER, mixup=0.5)               the same in Python
+
+Each field of `Recipe` is an option of train.py. Its default is the paper's or, where the paper is silent, the usual
+choice. `IMPROVED` states only the fields that differ; docs/deviations.md gives the measured effect of each.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from cli import number_between
+
+MODALITIES = ("fusion", "spectrum", "image")
+IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+def _choice(default: Any, parse: Any, text: str) -> Any:
+    """A field with its default, its argparse type or tuple of choices, and its help text."""
+    return dataclasses.field(default=default, metadata={"parse": parse, "help": text})
+
+
+_fraction = number_between(float, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    # The network: the paper, and the authors' code (github.com/Gajiln/Spectrum-Image-Star-Classification).
+    modality: str = _choice("fusion", MODALITIES, "inputs of the network; the paper's: both")
+    image_backbone: str = _choice("resnet152", IMAGE_BACKBONES, "the paper's is resnet152")
+    image_weights: str = _choice("imagenet", str, "initial weights of the ResNet: imagenet, none, or a file's path")
+    num_layers: int = _choice(8, number_between(int, 1, 48), "layers of the Transformer; the authors' 8")
+    sic_weight: float = _choice(1.0, number_between(float, 0, 1000), "weight of the contrastive loss; the authors' 1")
+    attention_std: float = _choice(0.02, number_between(float, 0, 1), "initial deviation of queries and keys; ViLT's")
+    position_std: float = _choice(0.02, number_between(float, 0, 1), "initial deviation of positions; ViLT's")
+    zero_init_residual: int = _choice(0, (0, 1), "residual blocks begin as identities")
+
+    # Training: not published. AdamW with warm-up and a cosine is what Transformers are usually trained with.
+    num_epochs: int = _choice(20, number_between(int, 1, 10**6), "passes over the training stars")
+    batch_size: int = _choice(32, number_between(int, 1, 10**6), "stars a step, at most")
+    learning_rate: float = _choice(1e-4, number_between(float, 1e-9, 10), "highest rate of the schedule")
+    warmup_epochs: float = _choice(2.0, number_between(float, 0, 10**6), "epochs of rising rate, at most a third")
+    weight_decay: float = _choice(0.01, number_between(float, 0, 10), "of AdamW; not on biases, norms, embeddings")
+    max_gradient_norm: float = _choice(1.0, number_between(float, 1e-9, 1e9), "gradients are clipped at this norm")
+    clip_encoder_apart: int = _choice(0, (0, 1), "the image encoder's gradients are clipped apart from all others")
+    ema_span: float = _choice(0.0, _fraction, "EMA of the weights, over this fraction of the steps")
+
+    # Spectra: flux over its median, less the training stars' mean spectrum, over one scale.
+    continuum_degree: int = _choice(-1, number_between(int, -1, 20), "polynomial subtracted from a spectrum; -1: none")
+    smoothing: float = _choice(0.0, number_between(float, 0, 100), "sigma in pixels, weighted by inverse variance")
+    shrinkage: float = _choice(0.0, number_between(float, 0, 10), "intrinsic scatter that noise is weighed against")
+    num_eigenspectra: int = _choice(0, number_between(int, 0, 3522), "spectra are projected on so many; 0: they are not")
+
+    # Augmentation: none.
+    mixup: float = _choice(0.0, _fraction, "highest weight of another star, of the same or an adjacent class")
+    spectrum_shift: int = _choice(0, number_between(int, 0, 100), "largest shift of a spectrum, in pixels of 69 km/s")
+    spectrum_noise: float = _choice(0.0, number_between(float, 0, 10), "most noise added, relative to the star's own")
+    rotate_and_flip: int = _choice(0, (0, 1), "images are rotated by quarter turns and mirrored")
+    image_dropout: float = _choice(0.0, _fraction, "fraction of the stars whose image is hidden in a step")
+
+
+PAPER = Recipe()
+IMPROVED = dataclasses.replace(
+    PAPER,
+    learning_rate=3e-4,
+    ema_span=0.2,
+    mixup=0.5,
+    spectrum_shift=2,
+    spectrum_noise=1.0,
+    rotate_and_flip=1,
+)
+RECIPES = {"paper": PAPER, "improved": IMPROVED}
+
+
+def option_name(field: str) -> str:
+    return "--" + field.removeprefix("num_").replace("_", "-")
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """--recipe, and an option for each field of Recipe that overrides it."""
+    parser.add_argument("--recipe", choices=RECIPES, default="paper", help="the choices that the options below override")
+    group = parser.add_argument_group("recipe", "each option changes one choice")
+    for field in dataclasses.fields(Recipe):
+        values = {name: getattr(recipe, field.name) for name, recipe in RECIPES.items()}
+        shown = f"improved: {values['improved']}" if values["improved"] != values["paper"] else ""
+        parse = field.metadata["parse"]
+        kind = {"choices": parse, "type": type(parse[0])} if isinstance(parse, tuple) else {"type": parse}
+        if not isinstance(parse, tuple):
+            kind["metavar"] = "X"
+        text = f"{field.metadata['help']} (paper: {'; '.join(filter(None, [str(values['paper']), shown]))})"
+        group.add_argument(option_name(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def recipe_from(args: argparse.Namespace, **defaults: Any) -> Recipe:
+    """The recipe that --recipe names, with `defaults` and then the options given on the command line in place."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe) if hasattr(args, field.name)}
+    return dataclasses.replace(RECIPES[args.recipe], **(defaults | given))

@@ -1,0 +1,66 @@
+"""The command line of train.py. It imports nothing heavy, so that --help and mistakes are answered at once."""
+
+import argparse
+import os
+from pathlib import Path
+
+from cli import ScriptParser, number_between
+from recipe import add_recipe_options, recipe_from
+
+DEMO_DIR = Path("demo")
+DEMO_DEFAULTS = {"data_dir": DEMO_DIR / "stars", "output_dir": DEMO_DIR}
+DEMO_RECIPE = {"num_epochs": 8, "image_weights": "none"}
+NOT_GIVEN = object()
+# Options that a command does not use are refused, not ignored.
+USED_BY = {
+    "evaluate": {"evaluate", "split", "data_dir", "num_workers", "device", "quiet"},
+    "split": {"evaluate", "split", "data_dir", "num_workers", "device", "quiet"},
+}
+
+
+def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; `recipe` is the whole Recipe, `recipe_name` the one that --recipe names, `given` the names of the
+    options that stand on the command line."""
+    parser = make_parser(docstring)
+    args = parser.parse_args(argv)
+    again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN)))
+    args.given = {name for name, value in vars(again).items() if value is not NOT_GIVEN}
+    for command, used in USED_BY.items():
+        if command in args.given and (ignored := args.given - used):
+            parser.error(f"--{command} does not use --{sorted(ignored)[0].replace('_', '-')}")
+    if "split" in args.given and not args.evaluate:
+        parser.error("--split chooses the stars of --evaluate")
+    if args.demo and args.resume:
+        parser.error("--demo starts a run; --resume goes on with one: --output-dir demo")
+    if args.validation_split + args.test_split >= 1:
+        parser.error("--validation-split and --test-split together leave no star to train on")
+    args.recipe_name = args.recipe
+    args.recipe = recipe_from(args, **(DEMO_RECIPE if args.demo else {}))
+    if args.demo:
+        for name in DEMO_DEFAULTS.keys() - args.given:
+            setattr(args, name, DEMO_DEFAULTS[name])
+    return args
+
+
+def make_parser(docstring: str) -> ScriptParser:
+    parser = ScriptParser(docstring)
+    add, number = parser.add_argument, number_between
+    add("--data-dir", type=Path, default=Path("."), help="holds objects.csv, spectra/ and images/")
+    add("--output-dir", type=Path, default=Path("."), help="gets checkpoints/, plots/ and training_history.json")
+    add("--validation-split", type=number(float, 0.001, 0.999), default=0.2,
+        help="fraction of the stars used for checkpoint selection")  # fmt: skip
+    add("--test-split", type=number(float, 0, 0.999), default=0.0, help="fraction of the stars held out")
+    add("--seed", dest="random_seed", type=number(int, 0, 2**32 - 1), default=42, help="of split and training")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
+    add("--num-workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1),
+        help="processes that decode the stars' files")  # fmt: skip
+    add("--resume", metavar="{auto,FILE}", help="go on with the unfinished run of this checkpoints/last_state_ID.pth; "
+        "auto: the newest in --output-dir, or a new run if there is none")  # fmt: skip
+    add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")
+    add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate "
+        "scores; all: every star of a directory that took no part in training")  # fmt: skip
+    add("--demo", action="store_true", help=f"train on simulated stars, from random weights; all in {DEMO_DIR}/")
+    parser.add_quiet()
+    add_recipe_options(parser)
+    return parser

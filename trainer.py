@@ -1,0 +1,157 @@
+"""One training step: augmentation, loss, gradients, AdamW, EMA; on one GPU captured as a CUDA graph.
+
+A step of this network is thousands of small kernels. Launched one by one from Python, they leave an H200 idle for most
+of the time. Captured once, they are launched together: benchmarks/README.md has the figures.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import distributed
+from augmentation import augment
+from classifier import Classifier
+from dataset import Batch
+from loss_sic import loss_sic
+from model import contrastive_logits
+
+PLAIN_STEPS = 3  # before the capture: cuDNN chooses its algorithms, and AdamW makes its state
+NOT_DECAYED = ("cls_token", "position_embedding", "token_type_embedding.weight")  # nor are biases and norms
+
+
+class Trainer:
+    """A classifier in training, with its optimizer, schedule and, if the recipe asks for one, the EMA of its weights.
+
+    step(batch): learns from a Batch on the classifier's device; returns the loss, a tensor there that the next call
+        may overwrite. Nothing waits for the device.
+    trained: the classifier to validate and keep: the EMA, or the classifier itself.
+    """
+
+    def __init__(self, classifier: Classifier, epochs: int, steps_per_epoch: int) -> None:
+        self.recipe = recipe = classifier.recipe
+        self.classifier = distributed.synchronise_batch_norms(classifier)
+        self.shared = distributed.share_gradients(self.classifier)
+        self.device = next(classifier.parameters()).device
+        self.optimizer = make_optimizer(classifier.network, recipe.learning_rate, recipe.weight_decay)
+        total_steps = epochs * steps_per_epoch
+        self.warmup_steps = min(round(recipe.warmup_epochs * steps_per_epoch), math.ceil(total_steps / 3))
+        self.scheduler = LambdaLR(self.optimizer, warmup_and_cosine(self.warmup_steps, total_steps))
+        self.trained = copy.deepcopy(self.classifier) if recipe.ema_span else self.classifier
+        self._average = get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_span * total_steps))
+        captured = self.device.type == "cuda" and distributed.world_size() == 1
+        self._learn = CapturedStep(self._plain_step) if captured else self._plain_step
+
+    def step(self, batch: Batch) -> Tensor:
+        loss = self._learn(batch)
+        if self.trained is not self.classifier and self.scheduler.last_epoch < self.warmup_steps:
+            self._restart_ema()
+        self.scheduler.step()
+        return loss
+
+    @torch.no_grad()
+    def _restart_ema(self) -> None:
+        """The average begins with the weights after the warm-up: it holds nothing of the random ones before."""
+        for average, weights in zip(self.trained.parameters(), self.classifier.parameters(), strict=True):
+            average.copy_(weights)
+
+    def _plain_step(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = augment(batch, self.recipe)
+        # Of several processes, each takes the loss of the batch of all.
+        features = (None if part is None else distributed.gather_stars(part) for part in self.shared(batch))
+        image_features, spectrum_features, fuse_logits = features
+        loss = loss_sic(
+            contrastive_logits(image_features, spectrum_features),
+            fuse_logits,
+            distributed.gather_stars(batch.targets),
+            sic_weight=self.recipe.sic_weight,
+        )
+        loss.backward()
+        for parameters in self._clipped_together():
+            nn.utils.clip_grad_norm_(parameters, self.recipe.max_gradient_norm)
+        self.optimizer.step()
+        if self.trained is not self.classifier:
+            self._average(list(self.trained.parameters()), list(self.classifier.parameters()), None)
+        return loss.detach()
+
+    def _clipped_together(self) -> list[list[nn.Parameter]]:
+        network = self.classifier.network
+        if not self.recipe.clip_encoder_apart or network.image_encoder is None:
+            return [list(network.parameters())]
+        encoder = list(network.image_encoder.parameters())
+        apart = set(encoder)
+        return [encoder, [parameter for parameter in network.parameters() if parameter not in apart]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything that the next epoch depends on."""
+        parts = {"classifier": self.classifier, "trained": self.trained, "optimizer": self.optimizer}
+        parts["scheduler"] = self.scheduler
+        return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
+    def load_state_dict(self, states: dict[str, Any]) -> None:
+        self.trained.load_state_dict(states["trained"])
+        self.classifier.load_state_dict(states["classifier"])
+        self.optimizer.load_state_dict(states["optimizer"])
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # load_state_dict leaves it where the file was read
+                group["lr"] = group["lr"].to(self.device)
+        self.scheduler.load_state_dict(states["scheduler"])
+
+
+class CapturedStep:
+    """Runs a step as it is a few times, then captures it as a CUDA graph and replays that; all batches are alike."""
+
+    def __init__(self, step: Callable[[Batch], Tensor]) -> None:
+        self.step, self.plain_steps, self.graph = step, 0, None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self.plain_steps < PLAIN_STEPS:
+            self.plain_steps += 1
+            # On a stream of its own, as the capture: torch.cuda.graph's rule for the steps before it.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                loss = self.step(batch)
+            torch.cuda.current_stream().wait_stream(side)
+            return loss
+        if self.graph is None:
+            self.batch = Batch(*(None if part is None else part.clone() for part in batch))
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss = self.step(self.batch)
+        for own, part in zip(self.batch, batch, strict=True):
+            if part is not None:
+                own.copy_(part)
+        self.graph.replay()
+        return self.loss
+
+
+def make_optimizer(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; weights are decayed; biases, norms and embeddings are not."""
+    named = list(network.named_parameters())
+    decayed = [parameter for name, parameter in named if parameter.dim() > 1 and name not in NOT_DECAYED]
+    others = [parameter for name, parameter in named if parameter.dim() <= 1 or name in NOT_DECAYED]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    device = named[0][1].device
+    on_gpu = device.type == "cuda"
+    # The schedule changes the rate between steps: a graph reads it from the device.
+    rate = torch.tensor(learning_rate, device=device) if on_gpu else learning_rate
+    return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=on_gpu)
+
+
+def warmup_and_cosine(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of a step over its highest: it rises linearly over the warm-up, then falls to zero along a
+    cosine."""
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+    return rate
