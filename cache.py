@@ -1,13 +1,13 @@
-"""The stars' files, each decoded once: their content, as prepared for the network, is kept on the disk.
+"""The stars' files, each decoded once: their content, prepared for the network, is kept on the disk.
 
     data directory/.cache/
         spectra         (N, 2, 3522) float32 without header, a row per star of the catalogue
         images          (N, 3, 128, 128) uint8, likewise; rows of stars without a usable file are empty
         index.json      a fingerprint of everything that went in, and the findings in each file
 
-If the fingerprint no longer holds (the catalogue's stars, a file's size or time of change, the code that
-prepares them), all files are decoded again: two minutes for 100,000 stars on two cores. Deleting the
-directory does no harm, not even during a run.
+Where the fingerprint differs (another set of stars, a file of another size or time of change, other code
+that prepares them), all files are decoded again: a few minutes for 100,000 stars. Deleting the directory
+does no harm, not even during a run.
 """
 
 import contextlib
@@ -15,15 +15,10 @@ import hashlib
 import json
 import math
 import mmap
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
 import tempfile
-import threading
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +35,7 @@ import sdss_files
 from catalog import CLASS_NAMES, Star, read_catalog, separation_arcsec
 from cli import DataError
 from star_files import FileIndex, catalog_path
+from workers import parallel_map
 
 CACHE_DIR = ".cache"
 INDEX_FILE = "index.json"
@@ -55,9 +51,11 @@ FEW_STARS = 128  # are decoded before worker processes would have started
 # that time, and one that did is still inside its cutout of 25.6″.
 MAX_OFFSET_ARCSEC = 5.0
 
+Paths = dict[str, Path | None]  # of a star's files, "spectra" and "images"
+
 
 class Finding(NamedTuple):
-    """What was found in a file."""
+    """Facts about a file, besides its row."""
 
     damage: str = ""  # why it cannot be used, without the file's name; "" if it can
     unreadable: bool = False  # the system did not let it be read
@@ -77,7 +75,7 @@ class CheckedStar(NamedTuple):
 class CachedArray:
     """Rows of one of the cache's arrays; indexed with a slice or integers (B,), it reads a tensor (B, …) of them.
 
-    The file stays open: a cache that is deleted or made anew does not change what a run reads.
+    The file stays open: a cache that is deleted or made anew does not change the rows that a run reads.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,86 +110,75 @@ class PreparedStars(NamedTuple):
 
 
 def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[PreparedStars, dict[str, Any]]:
-    """The usable stars of a data directory and, for the history, what is not used and why; both are printed.
+    """The usable stars of a data directory and, for the history, how many are not used and why; prints both.
 
-    Files that are not in the cache are decoded first, in `num_workers` processes. Raises DataError if no
+    Without a cache of these files they are decoded first, in `num_workers` processes. Raises DataError if no
     star can be used.
     """
     stars, left_out = read_catalog(catalog_path(data_dir))
     for reason, count in left_out.items():
         print(f"{count} row(s) of the catalogue left out: {reason}")
-    index = FileIndex(data_dir)
-    files = [{"spectra": index.spectrum(star), "images": index.cutout(star)} for star in stars]
-    files = [{kind: path for kind, path in paths.items() if path} for paths in files]
-    cache = up_to_date_cache(data_dir, stars, files, num_workers)
-    checked = [check_star(*entry, INPUTS[modality]) for entry in zip(stars, files, cache.findings, strict=True)]
+    index, kinds = FileIndex(data_dir), INPUTS[modality]
+    files = {star: {"spectra": index.spectrum(star), "images": index.cutout(star)} for star in stars}
+    cache = up_to_date_cache(data_dir, files, num_workers)
+    checked = [
+        check_star(star, paths, found, kinds)
+        for (star, paths), found in zip(files.items(), cache.findings, strict=True)
+    ]
     report_usable(checked)
     rows = np.flatnonzero([entry.state == "used" for entry in checked])
     if not rows.size:
         raise DataError(
-            f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used (the first: "
-            f"{checked[0].problem or checked[0].state}); python download_sdss_data.py --data-dir {data_dir} fetches files"
+            f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used "
+            f"(the first: {checked[0].problem or checked[0].state}); "
+            f"python download_sdss_data.py --data-dir {data_dir} fetches files"
         )
-    arrays = {kind: cache.arrays[kind] for kind in INPUTS[modality]}
-    for array in arrays.values():
+    for array in cache.arrays.values():
         array.rows = rows
+    arrays = [cache.arrays[kind] if kind in kinds else None for kind in ROWS]
     usable = [checked[row].star for row in rows]
-    targets = torch.tensor([CLASS_NAMES.index(star.subclass) for star in usable])
     missing = Counter(f"{entry.star.subclass}: {entry.state}" for entry in checked if entry.state.startswith("no "))
-    return PreparedStars(usable, arrays.get("spectra"), arrays.get("images"), targets), {
+    return PreparedStars(usable, *arrays, torch.tensor([CLASS_NAMES.index(star.subclass) for star in usable])), {
         "rows_left_out": dict(left_out),
         "stars_missing": dict(missing),
         "set_aside": [entry.problem for entry in checked if entry.problem],
     }
 
 
-def check_star(star: Star, paths: dict[str, Path], findings: dict[str, Finding], kinds: tuple[str, ...]) -> CheckedStar:
-    """Whether the star can be used by a network with these inputs. Its other file is only asked where it was taken."""
-    star = star._replace(simulated=star.simulated or any(finding.simulated for finding in findings.values()))
-    spectrum = findings.get("spectra", Finding())
+def check_star(star: Star, paths: Paths, found: dict[str, Finding], kinds: tuple[str, ...]) -> CheckedStar:
+    """Whether a network that reads these kinds of file can use the star."""
+    # Its other files still tell where it is, and whether it is simulated.
+    star = star._replace(simulated=star.simulated or any(finding.simulated for finding in found.values()))
+    spectrum = found.get("spectra", Finding())
     if math.isnan(star.ra + star.dec):
         star = star._replace(ra=spectrum.ra, dec=spectrum.dec)
-    if missing := [MISSING[kind] for kind in kinds if kind not in paths]:
+    if missing := [MISSING[kind] for kind in kinds if kind not in found]:
         return CheckedStar(star, ", ".join(missing))
-    if damage := [f"{paths[kind]}: {findings[kind].damage}" for kind in kinds if findings[kind].damage]:
+    if damage := [f"{paths[kind]}: {found[kind].damage}" for kind in kinds if found[kind].damage]:
         return CheckedStar(star, "damaged", "; ".join(damage))
     offset = separation_arcsec(star.ra, star.dec, spectrum.ra, spectrum.dec)
     if offset > MAX_OFFSET_ARCSEC:
-        angle = f"{offset / 3600:.1f}°" if offset > 360 else f"{offset:.0f}″"
+        angle = f"{offset:.0f}″" if offset < 360 else f"{offset / 3600:.1f}°"
         problem = f"{paths['spectra']}: the catalogue places it {angle} from where its spectrum was taken"
         return CheckedStar(star, "misplaced", problem)
     return CheckedStar(star)
 
 
 def report_usable(checked: list[CheckedStar]) -> None:
-    """Print, per class, how many stars are used, and how many are not and why; name each damaged file."""
-    counts = Counter((label, column) for star, state, _ in checked for label in (star.subclass, "all") for column in ("listed", state))
-    columns = ["listed", "used", *sorted({entry.state for entry in checked} - {"used"})]
-    print("  ".join(["class", *columns]))
+    """Print, per class, how many stars are used, and how many are not and why; name each damaged or misplaced one."""
+    states = ["used", *sorted({entry.state for entry in checked} - {"used"})]
+    print("  ".join(["class", "listed", *states]))
     for label in (*CLASS_NAMES, "all"):
-        print("  ".join([f"{label:5}", *(f"{counts[label, column]:{len(column)}}" for column in columns)]))
+        counts = Counter(entry.state for entry in checked if label in (entry.star.subclass, "all"))
+        print(f"{label:5}  {counts.total():6}  " + "  ".join(f"{counts[state]:{len(state)}}" for state in states))
     for entry in checked:
         if entry.problem:
             print(f"set aside: {entry.problem}")
 
 
-def file_stamp(file: Path | int) -> list[int]:
-    """Size in bytes and time of change in ns of a path or an open file."""
-    stat = os.stat(file)
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def fingerprint(data_dir: Path, stars: list[Star], files: list[dict[str, Path]]) -> str:
-    """A digest of the stars, their files' stamps, and the code and libraries that prepare them."""
-    code = [Path(module).read_text(encoding="utf-8") for module in (sdss_files.__file__, preparation.__file__, __file__)]
-    stamps = [[(os.path.relpath(path, data_dir), file_stamp(path)) for path in paths.values()] for paths in files]
-    everything = [code, np.__version__, PIL.__version__, [star.spectrum_id for star in stars], stamps]
-    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
-
-
-def up_to_date_cache(data_dir: Path, stars: list[Star], files: list[dict[str, Path]], num_workers: int) -> Cache:
+def up_to_date_cache(data_dir: Path, files: dict[Star, Paths], num_workers: int) -> Cache:
     """The data directory's cache, made anew if it is not of these stars and files."""
-    directory, wanted = data_dir / CACHE_DIR, fingerprint(data_dir, stars, files)
+    directory, wanted = data_dir / CACHE_DIR, fingerprint(files)
     if cache := open_cache(directory, wanted):
         return cache
     try:
@@ -202,12 +189,12 @@ def up_to_date_cache(data_dir: Path, stars: list[Star], files: list[dict[str, Pa
             except Timeout:
                 print("another run is reading these stars' files; waiting for it", flush=True)
                 stack.enter_context(cli.file_lock(directory / ".lock", timeout=-1))
-                if cache := open_cache(directory, wanted):
-                    return cache
+            if cache := open_cache(directory, wanted):  # the other run's
+                return cache
             for leftover in directory.glob("partial-*"):  # of a killed run
                 shutil.rmtree(leftover, ignore_errors=True)
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="partial-", dir=directory))
-            cache = make_cache(Path(temporary), wanted, stars, files, num_workers)
+            cache = make_cache(Path(temporary), wanted, files, num_workers)
             for name in (*ROWS, INDEX_FILE):
                 os.replace(Path(temporary, name), directory / name)
             return cache
@@ -215,7 +202,23 @@ def up_to_date_cache(data_dir: Path, stars: list[Star], files: list[dict[str, Pa
         reason = error.strerror or error
     with tempfile.TemporaryDirectory() as temporary:
         print(f"{directory}: cannot be written ({reason}); for this run alone, the prepared stars go to {temporary}")
-        return make_cache(Path(temporary), wanted, stars, files, num_workers)  # open files outlive their names
+        return make_cache(Path(temporary), wanted, files, num_workers)  # open files outlive their names
+
+
+def fingerprint(files: dict[Star, Paths]) -> str:
+    """A digest of the stars, their files' names and stamps, and the code and libraries that prepare them."""
+    code = [Path(name).read_text(encoding="utf-8") for name in (sdss_files.__file__, preparation.__file__, __file__)]
+    stars = [
+        (star.spectrum_id, [path and (path.name, file_stamp(path)) for path in paths.values()])
+        for star, paths in files.items()
+    ]
+    return hashlib.sha256(json.dumps([code, np.__version__, PIL.__version__, stars]).encode()).hexdigest()
+
+
+def file_stamp(file: Path | int) -> list[int]:
+    """Size in bytes and time of change in ns of a path or an open file."""
+    stat = os.stat(file)
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def open_cache(directory: Path, wanted: str) -> Cache | None:
@@ -223,7 +226,7 @@ def open_cache(directory: Path, wanted: str) -> Cache | None:
     try:
         index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
         arrays = {kind: CachedArray(directory / kind) for kind in ROWS}
-        if index["fingerprint"] != wanted or index["arrays"] != {kind: a.stamp for kind, a in arrays.items()}:
+        if index["fingerprint"] != wanted or index["stamps"] != [array.stamp for array in arrays.values()]:
             return None
         findings = [{kind: Finding(*found) for kind, found in star.items()} for star in index["findings"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -231,81 +234,51 @@ def open_cache(directory: Path, wanted: str) -> Cache | None:
     return Cache(findings, arrays)
 
 
-def make_cache(directory: Path, wanted: str, stars: list[Star], files: list[dict[str, Path]], num_workers: int) -> Cache:
+def make_cache(directory: Path, wanted: str, files: dict[Star, Paths], num_workers: int) -> Cache:
     """Decode all files into a cache in an empty directory, and open it."""
     for kind, dtype in ROWS.items():
         (directory / kind).touch()
-        os.truncate(directory / kind, len(stars) * dtype.itemsize)
-    findings = decode_files(directory, stars, files, num_workers)
+        os.truncate(directory / kind, len(files) * dtype.itemsize)
+    with parallel_map(num_workers if len(files) > FEW_STARS else 1) as map_stars:
+        rows = map_stars(partial(decode_star, directory), range(len(files)), files.keys(), files.values())
+        findings = list(cli.progress(rows, desc="reading the stars' files", unit="star", total=len(files)))
     arrays = {kind: CachedArray(directory / kind) for kind in ROWS}
     for array in arrays.values():
         os.fsync(array.file.fileno())
     # A file that could not be read is tried again by the next run.
-    tried_again = any(finding.unreadable for found in findings for finding in found.values())
-    stamps = {kind: array.stamp for kind, array in arrays.items()}
-    index = {"fingerprint": None if tried_again else wanted, "arrays": stamps, "findings": findings}
+    unreadable = any(finding.unreadable for found in findings for finding in found.values())
+    index = {
+        "fingerprint": None if unreadable else wanted,
+        "stamps": [array.stamp for array in arrays.values()],
+        "findings": findings,
+    }
     (directory / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
     return Cache(findings, arrays)
 
 
-def decode_files(
-    directory: Path, stars: list[Star], files: list[dict[str, Path]], num_workers: int
-) -> list[dict[str, Finding]]:
-    """Write the stars' rows of the arrays in `directory`; returns the findings in each star's files."""
-    decode = partial(decode_star, directory)
-    progress = partial(cli.progress, desc="reading the stars' files", unit="star", total=len(stars))
-    if num_workers > 1 and len(stars) > FEW_STARS and (pool := start_workers(num_workers)):
-        try:
-            return list(progress(pool.map(decode, range(len(stars)), stars, files, chunksize=16)))
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return list(progress(map(decode, range(len(stars)), stars, files)))
-
-
-def start_workers(num_workers: int) -> ProcessPoolExecutor | None:
-    """Worker processes; None, after a warning, where the system has none, as without /dev/shm."""
-    try:
-        pool = ProcessPoolExecutor(num_workers, initializer=prepare_worker)
-        pool.submit(int).result()  # starts them
-    except (OSError, NotImplementedError, BrokenExecutor) as error:
-        print(f"warning: no worker processes ({error}); one process reads the files", file=sys.stderr)
-        return None
-    return pool
-
-
-def prepare_worker() -> None:
-    """Leave Ctrl-C and SIGTERM, which reach every process, to the parent; end when it has ended, even if killed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-    def end_with_parent() -> None:  # a worker that outlived it would hold the lock for ever
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def decode_star(directory: Path, row: int, star: Star, paths: dict[str, Path]) -> dict[str, Finding]:
+def decode_star(directory: Path, row: int, star: Star, paths: Paths) -> dict[str, Finding]:
     """Decode a star's files into its row of the arrays in `directory`; returns the findings in them."""
-    findings = {}
+    found = {}
     for kind, path in paths.items():
-        findings[kind] = Finding()
+        if path is None:
+            continue
+        found[kind] = Finding()
         try:
             if kind == "spectra":
                 spectrum = sdss_files.read_spectrum(path, star)
-                findings[kind] = Finding(ra=spectrum.ra, dec=spectrum.dec, simulated=spectrum.simulated)
+                found[kind] = Finding(ra=spectrum.ra, dec=spectrum.dec, simulated=spectrum.simulated)
                 array = preparation.prepare_spectrum(spectrum)
             else:
                 cutout = sdss_files.read_cutout(path)
-                findings[kind] = Finding(simulated=cutout.simulated)
+                found[kind] = Finding(simulated=cutout.simulated)
                 array = preparation.prepare_cutout(cutout.pixels)
         except DataError as error:
             damage, unreadable = str(error).removeprefix(f"{path}: "), isinstance(error, sdss_files.UnreadableError)
-            findings[kind] = findings[kind]._replace(damage=damage, unreadable=unreadable)
+            found[kind] = found[kind]._replace(damage=damage, unreadable=unreadable)
             continue
         assert np.dtype((array.dtype, array.shape)) == ROWS[kind], f"prepared as {array.dtype} {array.shape}"
         # Not through a mapping: its pages count as memory, and a full disk would kill the process.
         with open(directory / kind, "rb+") as file:
             file.seek(row * array.nbytes)
             file.write(array.tobytes())
-    return findings
+    return found

@@ -37,14 +37,15 @@ _SPEC_OBJ_ID_RANGES = (
     (range(FIRST_BOSS_PLATE, 2**14), range(55_000, 60_000), range(1, 1001), range(400, 1400)),
 )
 
-# Limits of the cells: what a specObjID can hold.
-_IDENTIFIER_RANGES = {"plate": (1, 2**14 - 1), "mjd": (50_000, 50_000 + 2**14 - 1), "fiberID": (1, 2**12 - 1)}
-
+# What the cells of a row can be; of plate, mjd and fiberID what a specObjID can hold.
+_WHOLE, _ANGLE = "a whole number", "an angle in degrees"
+_IDENTITY = {"plate": (_WHOLE, 1, 2**14 - 1), "mjd": (_WHOLE, 50_000, 66_383), "fiberID": (_WHOLE, 1, 2**12 - 1)}
+_LIMITS = {**_IDENTITY, "ra": (_ANGLE, 0, 360), "dec": (_ANGLE, -90, 90)}
 _EMPTY_CELLS = {"", "nan", "null", "none", "n/a", "na", "<na>", "-", "--", "masked", "-9999", "-9999.0"}
-_NUMBER = re.compile(r"-?\d+(\.\d*)?([eE][+-]?\d{1,2})?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 # Spreadsheets keep 15 digits: 3.07417E+17, or 307416612011534000.
 _ROUNDED = re.compile(r"\d([.,]\d+)?[eE]\+?1[789]|\d{15}0{3,5}(\.0*)?", re.ASCII)
-# A name becomes part of a file's name on any system: no separators, no leading dot, no wildcards.
+# A name becomes part of a file's name on any system: no separators, no leading dot, none of : * ? " < > |
 _SAFE_NAME = re.compile(r"[\w(\[][\w .,+\-()\[\]'=@#&~]*")
 _MAX_NAME_BYTES = 100  # of the 255 that file systems allow
 _BOSS_SUBCLASS = re.compile(r"^(M\d) \(\d+\)$")  # "M1 (204445)": the class, and the star of the template
@@ -87,13 +88,12 @@ def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Coun
     absent; a value other than M0 to M4 becomes "".
 
     Returns the stars in the file's order and, by reason, the number of rows left out: other classes
-    and rows that repeat a spectrum. BOSS's "M1 (204445)" counts as M1.
-    Raises DataError, naming file, line and column, for a cell that is not possible and for rows that
-    contradict each other.
+    and rows that repeat a spectrum. Raises DataError, naming file, line and column, for a cell that
+    is not possible and for rows that contradict each other.
     """
     rows: list[tuple[int, Star]] = []  # with their line numbers
     left_out: Counter[str] = Counter()
-    for line, cells in _read_rows(Path(path), labelled):
+    for line, cells in _read_rows(path, ["name", *["subclass"] * labelled, *_IDENTITY]):
         subclass = _BOSS_SUBCLASS.sub(r"\1", cells.get("subclass", ""))
         if subclass in CLASS_NAMES or not labelled:
             rows.append((line, _parse_row(f"{path}, line {line}", cells, subclass if subclass in CLASS_NAMES else "")))
@@ -111,18 +111,14 @@ def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Coun
             )
         left_out["repeats a spectrum listed further up"] += first is not star
     if not stars:
-        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.items())
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.items()) or "no rows"
         wanted = f"star of class {', '.join(CLASS_NAMES)}" if labelled else "star"
-        raise DataError(f"{path}: no {wanted} in it ({reasons or 'no rows'})")
+        raise DataError(f"{path}: no {wanted} in it ({reasons})")
     return list(stars.values()), +left_out
 
 
-def _read_rows(path: Path, labelled: bool) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells of each row that is not blank, by column, as text.
-
-    As text: a specObjID is a 64-bit integer, which a float, or int64 for plates from 8192 on, cannot hold.
-    """
-    needed = ["name", *["subclass"] * labelled, *_IDENTIFIER_RANGES]
+def _read_rows(path: Path, needed: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells, by column, of each row that is not blank; as text, which holds any specObjID exactly."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, strict=True)
@@ -134,9 +130,8 @@ def _read_rows(path: Path, labelled: bool) -> Iterator[tuple[int, dict[str, str]
             _check_header(path, header, columns, needed)
             for cells in rows:
                 if len(cells) < len(header) or any(cells[len(header) :]):
-                    raise DataError(
-                        f"{path}, line {lines.line_num}: {len(cells)} cells where the header has {len(header)} columns"
-                    )
+                    counts = f"{len(cells)} cells where the header has {len(header)} columns"
+                    raise DataError(f"{path}, line {lines.line_num}: {counts}")
                 yield lines.line_num, dict(zip(columns, cells, strict=False))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; it is the list of stars (columns {', '.join(needed)})") from None
@@ -147,9 +142,9 @@ def _read_rows(path: Path, labelled: bool) -> Iterator[tuple[int, dict[str, str]
 def _check_header(path: Path, header: list[str], columns: list[str], needed: list[str]) -> None:
     if not header:
         raise DataError(f"{path}: the file is empty")
-    if twice := [column for column, count in Counter(filter(None, columns)).items() if count > 1]:
+    if twice := [column for column in _COLUMNS.values() if columns.count(column) > 1]:
         raise DataError(f"{path}: a column stands twice in the header line, {', '.join(twice)}")
-    given = {*columns, *(("name", *_IDENTIFIER_RANGES) if "specObjID" in columns else ())}
+    given = {*columns, *(["name", *_IDENTITY] if "specObjID" in columns else [])}
     if missing := [column for column in needed if column not in given]:
         raise DataError(
             f"{path}: column {', '.join(missing)} is missing; the header line reads {' | '.join(header)} "
@@ -165,51 +160,35 @@ def _parse_row(where: str, cells: dict[str, str], subclass: str) -> Star:
             f"{where}, column name: {name[:_MAX_NAME_BYTES]!r} cannot name a file (letters, digits, spaces and "
             f"_.,+-()[]'=@#&~; at most {_MAX_NAME_BYTES} bytes)"
         )
-    decoded = decode_spec_obj_id(_exact_name(spec_obj_id or name)) or ("", "", "")
-    identity = [
-        _parse_integer(where, column, cells.get(column) or str(value))
-        for column, value in zip(_IDENTIFIER_RANGES, decoded, strict=False)
-    ]
-    ra = _parse_degrees(where, "ra", cells.get("ra", ""), 0, 360)
-    dec = _parse_degrees(where, "dec", cells.get("dec", ""), -90, 90)
+    known = dict(zip(_IDENTITY, decode_spec_obj_id(_exact_name(spec_obj_id or name)) or (), strict=False))
+    numbers = [_parse_number(where, column, cells.get(column) or str(known.get(column, ""))) for column in _LIMITS]
     simulated = cells.get("simulated", "").lower() not in _EMPTY_CELLS | {"0", "0.0", "false", "no"}
-    return Star(name, subclass, *identity, ra, dec, simulated)
+    return Star(name, subclass, *map(int, numbers[:3]), *numbers[3:], simulated)  # in the order of _LIMITS
 
 
 def _exact_name(text: str) -> str:
     """The label; a specObjID written as a signed integer or as a float with all its digits becomes unsigned digits."""
-    if len(text) < 40 and _NUMBER.fullmatch(text):
-        value = int(text) if text.removeprefix("-").isdigit() else int(float(text))  # ten zero bits: floats are exact
-        if -(2**63) <= value < 2**64 and decode_spec_obj_id(unsigned := str(value % 2**64)):
+    if len(text) < 40 and _NUMBER.fullmatch(text) and -(2**63) <= float(text) < 2**64:
+        value = int(text) if text.lstrip("+-").isdigit() else int(float(text))  # ten zero bits: floats are exact
+        if decode_spec_obj_id(unsigned := str(value % 2**64)):
             return unsigned
     return unicodedata.normalize("NFC", text)
 
 
-def _parse_integer(where: str, column: str, text: str) -> int:
-    low, high = _IDENTIFIER_RANGES[column]
-    # "372.0" is written for an integer column with a gap in it.
-    if _NUMBER.fullmatch(text) and (value := float(text)).is_integer() and low <= value <= high:
-        return int(value)
-    raise DataError(f"{where}, column {column}: {text[:40]!r} is not a whole number from {low} to {high}")
-
-
-def _parse_degrees(where: str, column: str, text: str, low: float, high: float) -> float:
-    if text.lower() in _EMPTY_CELLS:
-        return float("nan")
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        raise DataError(f"{where}, column {column}: {text[:40]!r} is not an angle in degrees from {low} to {high}")
+def _parse_number(where: str, column: str, text: str) -> float:
+    kind, low, high = _LIMITS[column]
+    if kind == _ANGLE and text.lower() in _EMPTY_CELLS:
+        return math.nan
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if not low <= value <= high or (kind == _WHOLE and not value.is_integer()):  # "372.0" is whole
+        raise DataError(f"{where}, column {column}: {text[:40]!r} is not {kind} from {low} to {high}")
     return value
 
 
 def _check_names(path: Path, rows: list[tuple[int, Star]]) -> None:
-    """Raise DataError if the names are rounded specObjIDs, or if one name stands for two places on the sky."""
-    # A single label may end in zeros by chance.
+    """Raise DataError if names are rounded specObjIDs, or if one name stands for two places on the sky."""
     rounded = [row for row in rows if _ROUNDED.fullmatch(row[1].name) and not decode_spec_obj_id(row[1].name)]
-    if rounded and 2 * len(rounded) >= len(rows):
+    if rounded and 2 * len(rounded) >= len(rows):  # a few may end in zeros by chance
         line, star = rounded[0]
         raise DataError(
             f"{path}, line {line}, column name: {star.name} is a specObjID rounded by a spreadsheet, its last digits "

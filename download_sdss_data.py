@@ -87,7 +87,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--min-snr must lie below --max-snr")
     release = sdss_archive.release_of(args.sas_url)
     if release not in sdss_archive.BOSS_RUN2D:
-        known = " or ".join(sdss_archive.BOSS_RUN2D).upper()
+        known = " or ".join(map(str.upper, sdss_archive.BOSS_RUN2D))
         parser.error(f"argument --sas-url: the release is {release.upper()}, not {known}")
     if args.skyserver_url == sdss_archive.SKYSERVER_URL:
         args.skyserver_url = args.skyserver_url.replace(sdss_archive.DEFAULT_RELEASE, release)
@@ -126,7 +126,7 @@ def is_there(file: File) -> bool:
 
 
 def find_missing(stars: list[Star], args: argparse.Namespace) -> tuple[list[File], list[File]]:
-    """Spectra and cutouts that are absent or damaged; a cutout gets its address from `with_position`."""
+    """Spectra and cutouts that are absent or damaged; a cutout gets its address from `with_positions`."""
     index = FileIndex(args.data_dir)
     spectra: list[File] = []
     cutouts: dict[Path, File] = {}  # rows of one name share their cutout
@@ -141,20 +141,25 @@ def find_missing(stars: list[Star], args: argparse.Namespace) -> tuple[list[File
     return spectra, list(cutouts.values())
 
 
-def with_position(cutout: File, index: FileIndex, args: argparse.Namespace) -> File:
-    """The cutout with its address, at the catalogue's position or else at that in the star's spectrum."""
-    star, path = cutout.star, index.spectrum(cutout.star)
-    ra, dec = star.ra, star.dec
-    with contextlib.suppress(DataError):  # a damaged spectrum is no reason against the cutout
-        spectrum = read_spectrum(path, star) if path else star
-        offset = separation_arcsec(ra, dec, spectrum.ra, spectrum.dec)
-        if offset > MAX_OFFSET_ARCSEC:  # never for NaN
-            return cutout._replace(reason=f"the catalogue's position is not its spectrum's ({offset / 3600:.2g}° off)")
-        if math.isnan(ra + dec):
-            ra, dec = spectrum.ra, spectrum.dec
-    if math.isnan(ra + dec):
-        return cutout._replace(reason="no position: no ra, dec in the catalogue, no PLUG_RA, PLUG_DEC in a spectrum")
-    return cutout._replace(urls=(sdss_archive.cutout_url(ra, dec, args.skyserver_url),))
+def with_positions(cutouts: list[File], args: argparse.Namespace) -> list[File]:
+    """The cutouts with their addresses, at the catalogue's position or else at that in the star's spectrum."""
+    index = FileIndex(args.data_dir)
+    located = []
+    for cutout in cli.progress(cutouts, desc="finding positions", unit="star"):
+        path = index.spectrum(cutout.star)
+        sources: list[Star | Spectrum] = [cutout.star]
+        with contextlib.suppress(DataError):  # a damaged spectrum is no reason against the cutout
+            sources += [read_spectrum(path, cutout.star)] if path else []
+        positions = [(source.ra, source.dec) for source in sources if not math.isnan(source.ra + source.dec)]
+        if not positions:
+            reason = "no position: no ra, dec in the catalogue, no PLUG_RA, PLUG_DEC in a spectrum"
+            located.append(cutout._replace(reason=reason))
+        elif (offset := separation_arcsec(*positions[0], *positions[-1])) > MAX_OFFSET_ARCSEC:
+            reason = f"the catalogue's position is not its spectrum's ({offset / 3600:.2g}° off)"
+            located.append(cutout._replace(reason=reason))
+        else:
+            located.append(cutout._replace(urls=(sdss_archive.cutout_url(*positions[0], args.skyserver_url),)))
+    return located
 
 
 def check_writable(folders: set[Path]) -> None:
@@ -379,8 +384,7 @@ def download(args: argparse.Namespace) -> None:
         check_writable({args.data_dir, *(file.path.parent for file in (*spectra, *cutouts))})
         (args.data_dir / FAILURES_FILE).unlink(missing_ok=True)  # an earlier run's, true no longer
         failures = fetch_files(spectra, args, "spectra")
-        index = FileIndex(args.data_dir)  # with the new spectra
-        cutouts = [with_position(cutout, index, args) for cutout in cutouts]
+        cutouts = with_positions(cutouts, args)  # the new spectra's, too
         failures += fetch_files(cutouts, args, "cutouts", rate=args.image_rate)
         print_table(stars, failures)
         if failures:
@@ -394,8 +398,7 @@ def download(args: argparse.Namespace) -> None:
 
 def show(spectra: list[File], cutouts: list[File], args: argparse.Namespace) -> None:
     """--dry-run: addresses and paths."""
-    index = FileIndex(args.data_dir)
-    for file in (*spectra, *(with_position(cutout, index, args) for cutout in cutouts)):
+    for file in (*spectra, *with_positions(cutouts, args)):
         print(f"{' or '.join(file.urls) or '(at the position in its spectrum)'} -> {file.path}")
 
 

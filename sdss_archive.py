@@ -5,6 +5,7 @@ https://data.sdss.org/datamodel/files/SPECTRO_REDUX/RUN2D/spectra/lite/PLATE4/sp
 SQL search, https://skyserver.sdss.org/dr16/en/help/docs/api.aspx.
 """
 
+import contextlib
 import csv
 import html
 import re
@@ -87,11 +88,9 @@ def run2d_candidates(star: Star, release: str = DEFAULT_RELEASE) -> tuple[str, .
 def later_release(star: Star, sas_url: str) -> str | None:
     """A sentence about a star whose specObjID names a run2d after that of the archive's release; else None."""
 
-    def version(run2d: str) -> list[int]:
-        return [int(number) for number in run2d[1:].split("_")]
-
     run2d, release = run2d_in_name(star) or "", release_of(sas_url)
-    if run2d.startswith("v") and version(run2d) > version(BOSS_RUN2D[release]):
+    version, newest = ([int(number) for number in re.findall(r"\d+", name)] for name in (run2d, BOSS_RUN2D[release]))
+    if run2d.startswith("v") and version > newest:
         return f"its specObjID names {run2d}, a release after {release.upper()}"
     return None
 
@@ -184,16 +183,17 @@ def get(session: requests.Session, url: str, timeout: float, page_length: int = 
     except requests.RequestException as error:
         raise FetchError(_describe(error, timeout), is_transient=True) from None
     with response:
-        ok = response.status_code == 200
-        body = _read(response, timeout, MAX_FILE_BYTES if ok else MAX_PAGE_BYTES)
-        if not ok:
-            is_transient = response.status_code in RETRYABLE_STATUSES
-            words = page_text(body, page_length)
-            reason = f"HTTP {response.status_code} {response.reason or ''}" + f" ({words})" * bool(words)
-            raise FetchError(reason, response.status_code, is_transient=is_transient)
-        if len(body) > MAX_FILE_BYTES:
-            raise FetchError(f"more than {MAX_FILE_BYTES} bytes, too many for one star", is_transient=False)
-    return body
+        if response.status_code == 200:
+            body = _read(response, timeout, MAX_FILE_BYTES)
+            if len(body) > MAX_FILE_BYTES:
+                raise FetchError(f"more than {MAX_FILE_BYTES} bytes, too many for one star", is_transient=False)
+            return body
+        reason = f"HTTP {response.status_code} {response.reason or ''}"
+        with contextlib.suppress(BadBodyError):
+            if words := page_text(_read(response, timeout, MAX_PAGE_BYTES), page_length):
+                reason += f" ({words})"
+        is_transient = response.status_code in RETRYABLE_STATUSES
+        raise FetchError(reason, response.status_code, is_transient=is_transient)
 
 
 def _read(response: requests.Response, timeout: float, max_bytes: int) -> bytes:
@@ -277,8 +277,11 @@ def query_sdss(
 
 
 def _parse_answer(body: bytes, sql: str) -> list[list[str]]:
-    """Rows of an answer in CSV, which begins with "#Table1" and a header."""
-    rows = [row for row in csv.reader(body.decode("utf-8-sig", errors="replace").splitlines()) if any(row)]
+    """Rows of an answer in CSV, which begins with "#Table1" and a header. Raises DataError if it is something else."""
+    rows: list[list[str]] = []
+    with contextlib.suppress(csv.Error):  # no CSV: a page
+        lines = csv.reader(body.decode("utf-8-sig", errors="replace").splitlines())
+        rows = [row for row in lines if any(map(str.strip, row))]
     if rows and rows[0][0].startswith("#"):
         del rows[0]
     header = [column.strip().lower() for column in rows[0]] if rows else []

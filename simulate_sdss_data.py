@@ -19,9 +19,7 @@ import csv
 import functools
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +33,7 @@ from catalog import CLASS_NAMES, FIRST_BOSS_PLATE, FIRST_PLATE_BEYOND_26, Star, 
 from instrument import Spectrograph, draw_cutout, draw_loglam, observe_magnitudes
 from sdss_files import PIXELS_PER_DEX, SIMULATED_MARK
 from star_files import catalog_path, cutout_path, spectrum_path
+from workers import parallel_map
 
 NOTICE = f"{SIMULATED_MARK.decode()} by simulate_sdss_data.py: not an observation, this star does not exist"
 SUBTYPE_RANGE = 0.45  # of a class about its centre: stars half-way between classes, of ambiguous label, are left out
@@ -51,7 +50,6 @@ R_MAGNITUDES = (
 DEFAULT_SNR_RANGE = (5.0, 60.0)  # where only one of --min-snr and --max-snr is given
 FIBER_ERROR = 0.05  # mag: fiber losses are corrected to a few per cent
 JPEG_QUALITY = 90
-STARS_PER_CHUNK = 16  # given to a process at a time
 
 
 class Target(NamedTuple):
@@ -157,40 +155,32 @@ def write_star(
     magnitudes = observe_magnitudes(observation.magnitudes, rng)
     for path in (spectrum_path(directory, star), cutout_path(directory, star)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    spectrum_path(directory, star).write_bytes(spectrum_file(target, observation, notice))
+    spectrum_hdus(target, observation, notice).writeto(spectrum_path(directory, star))
     cutout.save(cutout_path(directory, star), "JPEG", quality=JPEG_QUALITY, comment=notice)
     row = {column: getattr(star, column) for column in ("name", "subclass", "plate", "mjd", "fiberID", "ra", "dec")}
     return row | {f"{band}_mag": f"{m:.5f}" for band, m in zip("ugriz", magnitudes, strict=True)} | {"simulated": 1}
 
 
-def spectrum_file(target: Target, observation: Observation, notice: str) -> bytes:
-    """A FITS file with HDUs 0–2 of a lite file: header, spectrum, and the catalogue's row."""
+def spectrum_hdus(target: Target, observation: Observation, notice: str) -> fits.HDUList:
+    """HDUs 0–2 of a lite file: header, spectrum, and the catalogue's row."""
     star, flux, ivar = target.star, observation.columns["flux"], observation.columns["ivar"]
     run2d = decode_spec_obj_id(star.name)[3]
     header = fits.Header({"PLATEID": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID, "RUN2D": run2d})
     header.update({"PLUG_RA": star.ra, "PLUG_DEC": star.dec, "BUNIT": "1E-17 erg/cm^2/s/Ang"})
     header["SIMULATD"] = (True, "not an observation")
     header["COMMENT"] = notice
-    row = {"CLASS": b"STAR", "SUBCLASS": star.subclass.encode(), "Z": observation.redshift}
+    row = {"CLASS": "STAR", "SUBCLASS": star.subclass, "Z": observation.redshift}
     row |= {"SN_MEDIAN_ALL": np.median((flux * np.sqrt(ivar))[ivar > 0])}
-    row |= {"PLATE": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID, "RUN2D": run2d.encode()}
-    primary = fits.PrimaryHDU(header=header).header.tostring().encode("ascii")
-    spectrum = fits_table("COADD", observation.columns)
-    return primary + spectrum + fits_table("SPALL" if target.is_boss else "SPECOBJ", row)
+    row |= {"PLATE": star.plate, "MJD": star.mjd, "FIBERID": star.fiberID, "RUN2D": run2d}
+    catalogue_row = fits_table("SPALL" if target.is_boss else "SPECOBJ", row)
+    return fits.HDUList([fits.PrimaryHDU(header=header), fits_table("COADD", observation.columns), catalogue_row])
 
 
-def fits_table(name: str, columns: dict[str, Any]) -> bytes:
-    """A FITS table of these columns, of 32-bit numbers as in SDSS."""
+def fits_table(name: str, columns: dict[str, Any]) -> fits.BinTableHDU:
+    """A table of these columns, of 32-bit numbers as in SDSS."""
     arrays = [np.atleast_1d(column) for column in columns.values()]
-    types = [{"f": ">f4", "i": ">i4"}.get(array.dtype.kind, array.dtype.str) for array in arrays]
-    table = np.rec.fromarrays(arrays, dtype=list(zip(columns, types, strict=True)))
-    content = table.tobytes()
-    return _table_header(name, table.dtype, len(table)) + content + bytes(-len(content) % 2880)
-
-
-@functools.cache  # astropy takes longer for a header than all else takes for a star
-def _table_header(name: str, dtype: np.dtype, rows: int) -> bytes:
-    return fits.BinTableHDU(np.zeros(rows, dtype), name=name).header.tostring().encode("ascii")
+    arrays = [array.astype({"f": np.float32, "i": np.int32}.get(array.dtype.kind, array.dtype)) for array in arrays]
+    return fits.BinTableHDU(np.rec.fromarrays(arrays, names=list(columns)), name=name)
 
 
 @contextlib.contextmanager
@@ -209,20 +199,6 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
         temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def parallel_map(num_workers: int) -> Iterator[Callable]:
-    """Yield a function like `map`, which works in this many processes."""
-    if num_workers == 1:
-        yield map
-        return
-    # Workers leave Ctrl-C to this process.
-    pool = ProcessPoolExecutor(num_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    try:
-        yield functools.partial(pool.map, chunksize=STARS_PER_CHUNK)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def simulate(

@@ -227,9 +227,8 @@ def train(
     """A whole run on those stars, or the rest of an unfinished one: split, train; then evaluate the best checkpoint,
     record, plot. Returns the record."""
     device, recipe = choose_device(args.device), args.recipe
+    set_backends()
     torch.manual_seed(args.random_seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # on GPUs, TF32 where bf16 is not used
     splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
     classifier = make_classifier(recipe, choose_precision(args.precision, device), prepared, splits["train"])
     classifier.to(device)
@@ -269,6 +268,11 @@ def train(
             training.save(paths.state)
             print(f"python train.py --resume {paths.state}    goes on after the last whole epoch")
         raise stopped
+
+
+def set_backends() -> None:
+    """TF32 on GPUs where bf16 is not used. cuDNN's trial of algorithms stays off: it takes seconds and wins nothing."""
+    torch.set_float32_matmul_precision("high")
 
 
 def make_classifier(recipe: Recipe, precision: str, prepared: PreparedStars, training_rows: np.ndarray) -> Classifier:

@@ -1,13 +1,13 @@
 """How quickly the network trains and classifies here, beside a plain program that does the same.
 
-    python benchmarks/speed.py                                  the paper's network, some minutes on two cores
-    python benchmarks/speed.py --image-backbone resnet18        a small one
-    python benchmarks/speed.py --compile                        with torch.compile as well
+    python benchmarks/speed.py                                         a minute on a GPU
+    python benchmarks/speed.py --batch-sizes 8 --image-backbone resnet18    a small one, for CPUs
+    python benchmarks/speed.py --compile                               with torch.compile as well: a slow start
 
-The yardstick is the same network in float32, in PyTorch's default memory layout, with Adam as it comes. Both
-take turns, round by round, so that the machine's changes of speed meet both; the ratios are medians over the
-rounds. A step's floating-point operations are counted by torch (matrix products, convolutions and attention,
-forwards and backwards); the machine's own rate is that of large bf16 matrix products, measured in each round.
+"Plain" is the same network in float32, in PyTorch's default memory layout, with Adam as it comes. All take turns, round
+by round, so that the machine's changes of speed meet all; ratios are medians over the rounds. A step's floating-point
+operations are counted by torch (matrix products, convolutions and attention, forwards and backwards); the machine's own
+rate is that of large bf16 matrix products.
 """
 
 import argparse
@@ -15,45 +15,71 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
-import data  # noqa: E402
-import train  # noqa: E402
-from loss_sic import loss_sic  # noqa: E402
-from model import IMAGE_BACKBONES, FusionModel  # noqa: E402
+import train
+from cache import PreparedStars
+from catalog import CLASS_NAMES, Star
+from classifier import Classifier
+from cli import ScriptParser, number_between, quietly, run_as_script
+from dataset import Batch, StarLoader
+from device import choose_device, choose_precision, describe_device
+from loss_sic import loss_sic
+from preparation import SPECTRUM_LENGTH
+from recipe import IMAGE_BACKBONES, IMPROVED, PAPER, Recipe
+from sdss_files import IMAGE_SIZE
+from trainer import Trainer
 
-MATRIX_SIZE = 4096
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+STEPS = {"cpu": 1, "cuda": 10}  # in a round
+EPOCH_BATCHES = 16  # of the epoch that is profiled
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = data.ScriptParser(__doc__)
-    add, number = parser.add_argument, data.number_between
+    parser = ScriptParser(__doc__)
+    add, number = parser.add_argument, number_between
     add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="of the network")
-    add("--batch-size", type=number(int, 1, 10**5), default=32, help="stars a step")
-    add("--rounds", type=number(int, 1, 1000), default=5, help="of each measurement, after one that does not count")
-    add("--steps", type=number(int, 1, 1000), default=2, help="in a round")
-    add("--compile", action="store_true", help="time the step under torch.compile, too")
+    add("--batch-sizes", type=number(int, 2, 10**5), nargs="+", default=[32, 128, 512], help="stars a step")
+    add("--evaluation-sizes", type=number(int, 1, 10**5), nargs="*", default=[512, 1024], help="stars at once")
+    add("--rounds", type=number(int, 1, 1000), default=3, help="of each measurement")
+    add("--compile", action="store_true", help="time the compiled step, too")
     return parser.parse_args()
 
 
-def make_batch(batch_size: int, device: torch.device) -> train.Batch:
-    spectra = 1 + 0.3 * torch.randn(batch_size, data.SPECTRUM_LENGTH)
-    images = torch.randint(256, (batch_size, 3, data.IMAGE_SIZE, data.IMAGE_SIZE), dtype=torch.uint8)
-    image_seen = torch.rand(batch_size) < 0.5
-    return train.Batch(spectra, images, image_seen, torch.arange(batch_size) % len(data.CLASS_NAMES)).to(device)
+def random_stars(number: int) -> PreparedStars:
+    """Noise in the form of stars."""
+    flux = 1 + 0.3 * torch.randn(number, SPECTRUM_LENGTH)
+    return PreparedStars(
+        [Star(str(i), CLASS_NAMES[i % len(CLASS_NAMES)], 1 + i, 52000, 1) for i in range(number)],
+        torch.stack([flux, torch.full_like(flux, 100.0)], dim=1),
+        torch.randint(256, (number, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8),
+        torch.arange(number) % len(CLASS_NAMES),
+    )
 
 
-def plain_step(model: FusionModel, batch: train.Batch) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    model.train()
+def make_batch(number: int, device: torch.device) -> Batch:
+    stars = random_stars(number)
+    return Batch(stars.spectra.to(device), stars.images.to(device), stars.targets.to(device))
+
+
+def plain_classifier(recipe: Recipe, device: torch.device) -> Classifier:
+    return Classifier(recipe, "fp32").to(memory_format=torch.contiguous_format).to(device)
+
+
+def plain_step(recipe: Recipe, batch: Batch, device: torch.device) -> Callable[[], None]:
+    classifier = plain_classifier(recipe, device).train()
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-4)
 
     def step() -> None:
-        align_logits, fuse_logits = model(batch.spectra, batch.images, batch.image_seen)
+        specs, imgs = classifier.standardise(batch.spectra, batch.images)
+        align_logits, fuse_logits = classifier.network(specs, imgs.contiguous())
         optimizer.zero_grad()
         loss_sic(align_logits, fuse_logits, batch.targets).backward()
         optimizer.step()
@@ -61,26 +87,20 @@ def plain_step(model: FusionModel, batch: train.Batch) -> Callable[[], None]:
     return step
 
 
-def our_step(engine: train.Engine, batch: train.Batch, *, compiled: bool = False) -> Callable[[], None]:
-    """As train.py does it: clipped gradients, schedule and running mean of the weights included."""
-    optimizer, scheduler = train.make_optimizer(engine.model, 1e-4, epochs=1000, steps_per_epoch=1000)
-    update_average = train.running_mean(engine.model, steps=1000)[1]
-    trained = engine._replace(model=train.compile_network(engine.model, engine.device)) if compiled else engine
-    return lambda: train.train_one_epoch(trained, [batch], optimizer, scheduler, update_average, "")
+def our_step(recipe: Recipe, batch: Batch, device: torch.device, *, compiled: bool = False) -> Callable[[], None]:
+    classifier = Classifier(recipe, choose_precision("auto", device)).to(device).train()
+    trainer = Trainer(classifier, epochs=100, steps_per_epoch=100, compiled=compiled)
+    return lambda: trainer.step(batch)
 
 
-def evaluation(engine: train.Engine, batch: train.Batch) -> Callable[[], None]:
-    @torch.inference_mode()
-    def evaluate() -> None:
-        engine.model.eval()
-        engine.loss(batch)
-
-    return evaluate
+def plain_evaluation(recipe: Recipe, batch: Batch, device: torch.device) -> Callable[[], None]:
+    classifier = plain_classifier(recipe, device).eval()
+    return torch.inference_mode()(lambda: classifier(batch))
 
 
-def matrix_products(device: torch.device) -> Callable[[], None]:
-    left, right = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return lambda: left @ right
+def our_evaluation(recipe: Recipe, batch: Batch, device: torch.device) -> Callable[[], None]:
+    classifier = Classifier(recipe, choose_precision("auto", device)).to(device).eval()
+    return torch.inference_mode()(lambda: classifier(batch))
 
 
 def seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
@@ -98,60 +118,93 @@ def seconds(work: Callable[[], object], times: int, device: torch.device) -> flo
     return (time.perf_counter() - started) / times
 
 
-def count_operations(model: FusionModel, batch: train.Batch) -> tuple[int, int]:
-    """Floating-point operations of a training step, and of a forward pass."""
-    with FlopCounterMode(display=False) as forward:
-        loss = loss_sic(*model(batch.spectra, batch.images), batch.targets)
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
-    return forward.get_total_flops() + backward.get_total_flops(), forward.get_total_flops()
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations a second of bf16 matrix products."""
+    size = MATRIX_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds(lambda: left @ right, 3, device)
+    return 2 * size**3 / seconds(lambda: left @ right, 10, device)
+
+
+def count_operations(recipe: Recipe, device: torch.device) -> tuple[float, float]:
+    """Floating-point operations a star of a training step, and of a forward pass."""
+    classifier, batch = plain_classifier(recipe, device), make_batch(2, device)
+    with FlopCounterMode(display=False) as counter:
+        align_logits, fuse_logits = classifier.network(*classifier.standardise(batch.spectra, batch.images))
+        forward = counter.get_total_flops()
+        loss_sic(align_logits, fuse_logits, batch.targets).backward()
+    return counter.get_total_flops() / 2, forward / 2
+
+
+def time_in_turns(
+    works: dict[str, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[str, tuple[float, float, float]]:
+    """By name: seconds of the first three calls, seconds of a later one, and how many times as quick as the first."""
+    starts = {name: seconds(work, 5, device) * 5 for name, work in works.items()}
+    times = [{name: seconds(work, STEPS[device.type], device) for name, work in works.items()} for _ in range(rounds)]
+    first = next(iter(works))
+    return {
+        name: (
+            starts[name],
+            statistics.median(one[name] for one in times),
+            statistics.median(one[first] / one[name] for one in times),
+        )
+        for name in works
+    }
+
+
+def print_rows(times: dict, stars: int, operations: float, rate: float) -> None:
+    for name, (start, each, ratio) in times.items():
+        share = operations * stars / each / rate
+        print(f"| {name} | {stars} | {stars / each:,.0f} | × {ratio:.2f} | {share:.1%} | {start:.1f} |", flush=True)
+
+
+def idle_share(recipe: Recipe, batch_size: int, device: torch.device) -> float:
+    """The share of an epoch in which the GPU runs no kernel."""
+    classifier = Classifier(recipe, choose_precision("auto", device)).to(device)
+    trainer, stars = Trainer(classifier, epochs=2, steps_per_epoch=EPOCH_BATCHES), random_stars(EPOCH_BATCHES * batch_size)
+    loader = StarLoader(stars, range(len(stars.stars)), device)
+    train.train_one_epoch(trainer, loader, 1, 0, "")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        train.train_one_epoch(trainer, loader, 2, 0, "")
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+    busy = sum(event.device_time_total for event in profiler.events()) / 1e6
+    return 1 - busy / elapsed
 
 
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
-    device = train.choose_device("auto")
-    precision = train.choose_precision("auto", device)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # for both, as train.py has it
-    batch = make_batch(args.batch_size, device)
-
-    def make_model() -> FusionModel:
-        return FusionModel(image_backbone=args.image_backbone).to(device)
-
-    training_operations, evaluation_operations = count_operations(make_model(), batch)
-    plain, ours = make_model(), make_model().to(memory_format=torch.channels_last)
-    works = {
-        "training, plain": plain_step(plain, batch),
-        "training": our_step(train.Engine(ours, device, precision), batch),
-        "evaluation, plain": evaluation(train.Engine(make_model(), device, "fp32"), batch),
-        "evaluation": evaluation(train.Engine(ours, device, precision), batch),
-        "matrix products": matrix_products(device),
-    }
-    if args.compile:
-        model = make_model().to(memory_format=torch.channels_last)
-        works["training, compiled"] = our_step(train.Engine(model, device, precision), batch, compiled=True)
-    rounds = [{name: seconds(work, args.steps, device) for name, work in works.items()} for _ in range(args.rounds + 1)]
-    rounds = rounds[1:]  # the first one also builds and tunes
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"\nFusionModel with {args.image_backbone}, batches of {args.batch_size}, {name}, torch {torch.__version__}, "
-          f"{args.rounds} rounds of {args.steps} steps\n")  # fmt: skip
-    rates = [2 * MATRIX_SIZE**3 / one["matrix products"] for one in rounds]
-    print(f"bf16 matrix products of {MATRIX_SIZE}²: {statistics.median(rates) / 1e12:.2f} Tflop/s\n")
-    print("| | here | yardstick | ratio | share of the matrix-product rate |")
-    print("|---|---|---|---|---|")
-    for work, yardstick, operations in (
-        ("training", "training, plain", training_operations),
-        ("training, compiled", "training, plain", training_operations),
-        ("evaluation", "evaluation, plain", evaluation_operations),
-    ):
-        if work in works:
-            here, there = (args.batch_size / statistics.median(one[key] for one in rounds) for key in (work, yardstick))
-            ratio = statistics.median(one[yardstick] / one[work] for one in rounds)
-            share = statistics.median(operations / one[work] / rate for one, rate in zip(rounds, rates, strict=True))
-            print(f"| {work}, {precision} | {here:.1f} stars/s | {there:.1f} stars/s | × {ratio:.1f} | {share:.0%} |")
+    device = choose_device("auto")
+    train.set_backends()  # for both
+    recipe = replace(PAPER, image_backbone=args.image_backbone)
+    improved = replace(IMPROVED, image_backbone=args.image_backbone)
+    rate = matrix_rate(device)
+    of_step, of_forward = count_operations(recipe, device)
+    print(f"\nFusionModel with {args.image_backbone} on {describe_device(device)}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}; bf16 matrix products: {rate / 1e12:.1f} Tflop/s; a step: {of_step / 1e9:.1f} "
+          f"Gflop a star, a forward pass {of_forward / 1e9:.1f}\n")  # fmt: skip
+    print("| | batch | stars/s | against plain | share of the matrix rate | first 5 calls, s |\n|---|---|---|---|---|---|")
+    for size in args.batch_sizes:
+        batch = make_batch(size, device)
+        works = {"training, plain": plain_step(recipe, batch, device), "training": our_step(recipe, batch, device)}
+        works["training, improved"] = our_step(improved, batch, device)
+        if args.compile:
+            works["training, compiled"] = our_step(recipe, batch, device, compiled=True)
+        print_rows(time_in_turns(works, args.rounds, device), size, of_step, rate)
+    for size in args.evaluation_sizes:
+        batch = make_batch(size, device)
+        works = {"evaluation, plain": plain_evaluation(recipe, batch, device)}
+        works["evaluation"] = our_evaluation(recipe, batch, device)
+        print_rows(time_in_turns(works, args.rounds, device), size, of_forward, rate)
+    if device.type == "cuda":
+        with quietly():
+            idle = {size: idle_share(recipe, size, device) for size in args.batch_sizes if size <= 128}
+        print("\nGPU idle in an epoch: " + ", ".join(f"{share:.1%} at batch {size}" for size, share in idle.items()))
 
 
 if __name__ == "__main__":
-    data.run_as_script(main)
+    run_as_script(main)

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
@@ -27,7 +28,8 @@ import numpy as np
 from astropy.io import fits
 from PIL import Image, ImageDraw
 
-from catalog import Star
+from catalog import CLASS_NAMES, Star, encode_spec_obj_id
+from star_files import cutout_path, spectrum_path
 
 SAS = "/sas/dr16"
 SKYSERVER = "/dr16/SkyServerWS"
@@ -227,13 +229,13 @@ class SdssServer(ThreadingHTTPServer):
         parts = urlsplit(path)
         if parts.path in self.files:
             return Answer(body=self.files[parts.path], headers={"Content-Type": "application/fits"})
-        if parts.path == f"{SKYSERVER}/ImgCutout/getjpeg":
+        if parts.path.endswith("/SkyServerWS/ImgCutout/getjpeg"):
             query = parse_qs(parts.query)
             position = self.footprint.get(tuple(f"{float(query[name][0]):.5f}" for name in ("ra", "dec")))
             if position:
                 size = min(max(int(query["width"][0]), 64), 2048)
                 return Answer(body=make_cutout_bytes(*position, size), headers={"Content-Type": "image/jpeg"})
-        if parts.path == f"{SKYSERVER}/SearchTools/SqlSearch":
+        if parts.path.endswith("/SkyServerWS/SearchTools/SqlSearch"):
             query = parse_qs(parts.query)
             assert query["format"] == ["csv"]
             return Answer(body=self._query(query["cmd"][0]).encode(), headers={"Content-Type": "text/plain"})
@@ -331,3 +333,53 @@ def running_server() -> Iterator[SdssServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# Stars that the server has, and their downloads
+
+
+def make_star(number: int = 1, plate: int = 300, run2d: int = 26, subclass: str = "M1", name: str = "") -> Star:
+    mjd, fiberID = (51_900 if plate < 3523 else 56_000) + number, number
+    name = name or str(encode_spec_obj_id(plate, mjd, fiberID, run2d))
+    return Star(name, subclass, plate, mjd, fiberID, 150 + number / 100, number / 50 - 5)
+
+
+def make_stars(server: SdssServer, count: int) -> dict[Star, str]:
+    """Stars that the server has, and the paths of their spectra there."""
+    stars = [make_star(number, subclass=CLASS_NAMES[number % 5]) for number in range(1, count + 1)]
+    return {star: server.add(star) for star in stars}
+
+
+def cutout_request(star: Star) -> str:
+    position = f"ra={star.ra:.7f}&dec={star.dec:.7f}"
+    return f"{SKYSERVER}/ImgCutout/getjpeg?{position}&scale=0.2&width=128&height=128&opt="
+
+
+def write_catalog(data_dir: Path, stars: list[Star] | dict[Star, str], positions: bool = True) -> None:
+    rows = [",".join(map(str, star[: 7 if positions else 5])) for star in stars]
+    header = "name,subclass,plate,mjd,fiberID" + ",ra,dec" * positions
+    (data_dir / "objects.csv").write_text("\n".join([header, *rows, ""]))
+
+
+def options_for(data_dir: Path, server: SdssServer, *options: object) -> list[str]:
+    urls = ["--sas-url", server.sas_url, "--skyserver-url", server.skyserver_url]
+    quick = [] if "--query" in options else ["--image-rate", "1000"]
+    return [str(option) for option in ("--data-dir", data_dir, *urls, "--timeout", 5, *quick, *options)]
+
+
+def failures(data_dir: Path) -> dict[Path, str]:
+    """The reasons in download_failures.csv."""
+    with open(data_dir / "download_failures.csv", newline="", encoding="utf-8") as file:
+        return {data_dir / row["file"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def contents(data_dir: Path, stars: dict[Star, str], server: SdssServer) -> dict[Path, bytes]:
+    """The files that a complete download of these stars has."""
+    spectra = {spectrum_path(data_dir, star): server.files[path] for star, path in stars.items()}
+    return spectra | {cutout_path(data_dir, s): make_cutout_bytes(s.ra, s.dec) for s in stars}
+
+
+def written(data_dir: Path) -> dict[Path, bytes]:
+    """Everything below the directory but the catalogue and the lock."""
+    paths = {path for path in data_dir.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in paths - {data_dir / "objects.csv", data_dir / ".download.lock"}}

@@ -1,6 +1,6 @@
-"""The cache of prepared stars: what is in it is what is in the files, whatever happens to either."""
+"""The cache of prepared stars: its rows are the content of the files, whatever happens to either."""
 
-import json
+import csv
 import os
 import shutil
 import signal
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,17 +16,20 @@ from astropy.io import fits
 from common import ROOT
 
 import cache
-import data
-from data import DataError, Star
+from catalog import Star, read_catalog
+from cli import DataError
+from preparation import prepare_cutout, prepare_spectrum
+from sdss_files import UnreadableError, read_cutout, read_spectrum
 from simulate_sdss_data import simulate
+from star_files import cutout_path, spectrum_path
 
-PER_CLASS = 3
+STARS = 10
 
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("simulated") / "stars"
-    simulate(directory, per_class=PER_CLASS, seed=5)
+    simulate(directory, per_class=STARS // 5, seed=5, min_snr=20)
     return directory
 
 
@@ -37,294 +39,215 @@ def stars_dir(simulated, tmp_path) -> Path:
 
 
 def catalog(stars_dir: Path) -> list[Star]:
-    return data.read_catalog(stars_dir / "objects.csv")[0]
+    return read_catalog(stars_dir / "objects.csv")[0]
 
 
-def open_all(stars_dir: Path, num_workers: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Of each usable star, by name, its spectrum and image as the cache gives them."""
-    checked, arrays = cache.open_stars(
-        catalog(stars_dir), stars_dir, spectra=True, images=True, num_workers=num_workers
-    )
-    names = [entry.star.name for entry in checked if not (entry.missing or entry.damage)]
-    rows = np.arange(len(names))
-    return dict(zip(names, zip(arrays["spectra"][rows], arrays["images"][rows], strict=True), strict=True))
+def write_catalog(stars_dir: Path, stars: list[Star]) -> None:
+    with open(stars_dir / "objects.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([Star._fields, *stars])
 
 
-def assert_true_to_the_files(stars_dir: Path, opened: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    stars = {star.name: star for star in catalog(stars_dir)}
-    for name, (spectrum, image) in opened.items():
-        assert np.array_equal(spectrum, data.load_spectrum(stars_dir, stars[name]))
-        assert np.array_equal(image, data.load_cutout(stars_dir, stars[name]))
+def read(stars_dir: Path, modality: str = "fusion", num_workers: int = 1) -> cache.PreparedStars:
+    return cache.read_stars(stars_dir, modality, num_workers)[0]
+
+
+def assert_rows_are_the_files(stars_dir: Path, prepared: cache.PreparedStars, count: int = STARS) -> None:
+    assert len(prepared.stars) == count
+    for star, spectrum, image in zip(prepared.stars, prepared.spectra[:], prepared.images[:], strict=True):
+        assert np.array_equal(spectrum, prepare_spectrum(read_spectrum(spectrum_path(stars_dir, star), star)))
+        assert np.array_equal(image, prepare_cutout(read_cutout(cutout_path(stars_dir, star)).pixels))
 
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[str]:
-    """The files that are decoded from now on, in this process."""
-    names, decode_file = [], cache.decode_file
-
-    def count(task, **others):
-        names.append(task.name)
-        return decode_file(task, **others)
-
-    monkeypatch.setattr(cache, "decode_file", count)
+    """The names of the stars that are decoded from now on, in this process."""
+    names, decode_star = [], cache.decode_star
+    monkeypatch.setattr(cache, "decode_star", lambda *task: names.append(task[2].name) or decode_star(*task))
     return names
 
 
-# What is read
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_rows_are_the_prepared_files(stars_dir, monkeypatch, num_workers):
-    monkeypatch.setattr(cache, "FEW_FILES", 0)
-    opened = open_all(stars_dir, num_workers)
-    assert len(opened) == 5 * PER_CLASS
-    assert_true_to_the_files(stars_dir, opened)
+    monkeypatch.setattr(cache, "FEW_STARS", 0)
+    prepared = read(stars_dir, "fusion", num_workers)
+    assert_rows_are_the_files(stars_dir, prepared)
+    assert prepared.targets.tolist() == [int(star.subclass[1]) for star in prepared.stars]
+    spectra, images = prepared.spectra[:], prepared.images[torch.tensor([4, 0, 4])]
+    assert (spectra.shape, spectra.dtype) == ((STARS, 2, 3522), torch.float32)
+    assert (images.shape, images.dtype) == ((3, 3, 128, 128), torch.uint8)
 
 
-def test_every_file_is_decoded_once(stars_dir, decoded):
-    first = open_all(stars_dir)
-    assert len(decoded) == 2 * 5 * PER_CLASS
-    second = open_all(stars_dir)
-    assert len(decoded) == 2 * 5 * PER_CLASS
-    assert all(torch.equal(first[name][k], second[name][k]) for name in first for k in (0, 1))
+# Stars that cannot be used
 
 
-def test_an_array_is_indexed_like_a_tensor(stars_dir):
-    _, arrays = cache.open_stars(catalog(stars_dir), stars_dir, spectra=True, images=True, num_workers=0)
-    for array, shape, dtype in (
-        (arrays["spectra"], (3522,), torch.float32),
-        (arrays["images"], (3, 128, 128), torch.uint8),
-    ):
-        whole = array[torch.arange(len(array))]
-        assert whole.shape == (5 * PER_CLASS, *shape) and whole.dtype == dtype
-        chosen = torch.tensor([4, 0, 4])
-        assert torch.equal(array[chosen], whole[chosen])
-
-
-def test_an_input_that_is_not_wanted_may_be_missing_or_damaged(stars_dir):
+def test_a_file_that_the_modality_does_not_read_may_be_missing_or_damaged(stars_dir, capsys):
     first, second = catalog(stars_dir)[:2]
-    data.cutout_path(stars_dir, first).unlink()
-    data.spectrum_path(stars_dir, second).write_bytes(b"no spectrum")
-    for wanted, missing, damaged in (
-        ({"spectra": True, "images": True}, 1, 1),
-        ({"spectra": True, "images": False}, 0, 1),
-        ({"spectra": False, "images": True}, 1, 0),
-    ):
-        checked, arrays = cache.open_stars(catalog(stars_dir), stars_dir, **wanted, num_workers=0)
-        assert [bool(entry.missing) for entry in checked[:2]] == [bool(missing), False]
-        assert [bool(entry.damage) for entry in checked[:2]] == [False, bool(damaged)]
-        assert set(arrays) == {kind for kind, is_wanted in wanted.items() if is_wanted}
-        assert all(len(array) == 5 * PER_CLASS - missing - damaged for array in arrays.values())
+    cutout_path(stars_dir, first).unlink()
+    spectrum_path(stars_dir, second).write_bytes(b"no spectrum")
+    for modality, missing, set_aside in (("fusion", 1, 1), ("spectrum", 0, 1), ("image", 1, 0)):
+        prepared, report = cache.read_stars(stars_dir, modality, 1)
+        assert report["stars_missing"] == ({f"{first.subclass}: no image": 1} if missing else {})
+        assert len(report["set_aside"]) == set_aside and len(prepared.stars) == STARS - missing - set_aside
+        table = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert table[6] == ["all", *map(str, filter(None, (STARS, len(prepared.stars), set_aside, missing)))]
+        assert (prepared.spectra is None, prepared.images is None) == (modality == "image", modality == "spectrum")
 
 
-def test_position_and_simulation_come_from_the_spectrum_where_the_catalogue_is_silent(stars_dir):
-    stars = [Star(*star[:5]) for star in catalog(stars_dir)]
-    path = data.spectrum_path(stars_dir, stars[0])
-    with fits.open(path, mode="update") as hdus:
+def test_without_any_usable_star_the_reason_is_named(stars_dir):
+    shutil.rmtree(stars_dir / "images")
+    with pytest.raises(DataError, match=r"none of the 10 stars .* \(the first: no image\)"):
+        read(stars_dir)
+
+
+@pytest.mark.parametrize("modality", ["fusion", "image"])
+def test_a_star_whose_position_is_not_its_spectrums_is_set_aside(stars_dir, modality):
+    stars = [star._replace(ra=100.0, dec=60.0) for star in catalog(stars_dir)]
+    for star, offset in zip(stars, [4 / 3600, 6 / 3600, 3.2, *[0] * (STARS - 3)], strict=True):
+        fits.setval(spectrum_path(stars_dir, star), "PLUG_RA", value=100 + 2 * offset)  # cos 60° = 1/2
+        fits.setval(spectrum_path(stars_dir, star), "PLUG_DEC", value=60.0)
+    write_catalog(stars_dir, stars)
+    prepared, report = cache.read_stars(stars_dir, modality, 1)
+    assert len(prepared.stars) == STARS - 2 and prepared.stars[0].name == stars[0].name
+    for star, angle, line in zip(stars[1:3], ("6″", "3.2°"), report["set_aside"], strict=True):
+        assert f"{spectrum_path(stars_dir, star)}: the catalogue places it {angle} from where its spectrum" in line
+
+
+def test_position_and_simulation_are_the_files_where_the_catalogue_is_silent(stars_dir):
+    first, *_ = stars = [Star(*star[:5]) for star in catalog(stars_dir)]
+    write_catalog(stars_dir, stars)
+    with fits.open(spectrum_path(stars_dir, first), mode="update") as hdus:
         hdus[0].header.update(PLUG_RA=12.5, PLUG_DEC=-3.25)
         del hdus[0].header["SIMULATD"]
-    for wanted in ({"spectra": True, "images": False}, {"spectra": False, "images": True}):
-        checked, _ = cache.open_stars(stars, stars_dir, **wanted, num_workers=0)
-        assert [checked[0].star.ra, checked[0].star.dec] == [12.5, -3.25]
-        assert checked[0].star.simulated  # its cutout says so
-    data.cutout_path(stars_dir, stars[0]).unlink()
-    checked, _ = cache.open_stars(stars, stars_dir, spectra=True, images=False, num_workers=0)
-    assert not checked[0].star.simulated and checked[1].star.simulated
-    known = [stars[0]._replace(ra=1.0, dec=2.0), *stars[1:]]
-    checked, _ = cache.open_stars(known, stars_dir, spectra=True, images=False, num_workers=0)
-    assert (checked[0].star.ra, checked[0].star.dec) == (1.0, 2.0)
+    for modality in ("spectrum", "image"):
+        assert read(stars_dir, modality).stars[0][5:] == (12.5, -3.25, True)  # the cutout says that it is simulated
+    cutout_path(stars_dir, first).unlink()
+    assert read(stars_dir, "spectrum").stars[0][5:] == (12.5, -3.25, False)
 
 
 # Files that change
 
 
-def swap_spectrum(stars_dir: Path) -> str:
-    """Another content of the same size, as after a second download; returns the star's name."""
-    star = catalog(stars_dir)[1]
-    path = data.spectrum_path(stars_dir, star)
-    size = path.stat().st_size
-    with fits.open(path, mode="update") as hdus:
+def swap_flux(stars_dir: Path) -> None:
+    with fits.open(spectrum_path(stars_dir, catalog(stars_dir)[1]), mode="update") as hdus:
         hdus[1].data["flux"] = hdus[1].data["flux"][::-1].copy()
-    assert path.stat().st_size == size
-    return star.name
 
 
-def test_a_changed_file_of_the_same_size_is_decoded_again_and_no_other(stars_dir, decoded):
-    before = open_all(stars_dir)
-    decoded.clear()
-    name = swap_spectrum(stars_dir)
-    after = open_all(stars_dir)
-    assert len(decoded) == 1
-    assert_true_to_the_files(stars_dir, after)
-    assert not torch.equal(before[name][0], after[name][0])
+CHANGES = {
+    "content of the same size": (swap_flux, STARS),
+    "a star fewer": (lambda directory: write_catalog(directory, catalog(directory)[1:]), STARS - 1),
+    "another order": (lambda directory: write_catalog(directory, catalog(directory)[::-1]), STARS),
+    "no cutout": (lambda directory: cutout_path(directory, catalog(directory)[2]).unlink(), STARS - 1),
+    "an older file": (lambda directory: os.utime(cutout_path(directory, catalog(directory)[2]), (1, 1)), STARS),
+}
 
 
-def test_removed_and_added_files_are_noticed(stars_dir, decoded):
-    complete = open_all(stars_dir)
-    path = data.cutout_path(stars_dir, catalog(stars_dir)[2])
-    content = path.read_bytes()
-    path.unlink()
-    assert len(open_all(stars_dir)) == len(complete) - 1
-    decoded.clear()
-    path.write_bytes(content)
-    assert set(open_all(stars_dir)) == set(complete) and len(decoded) == 1
+@pytest.mark.parametrize("change", CHANGES)
+def test_files_are_decoded_once_and_again_after_any_change(stars_dir, decoded, change):
+    read(stars_dir)
+    assert_rows_are_the_files(stars_dir, read(stars_dir))
+    assert len(decoded) == STARS
+    apply, count = CHANGES[change]
+    apply(stars_dir)
+    assert_rows_are_the_files(stars_dir, read(stars_dir), count)
+    assert len(decoded) == 2 * STARS - (change == "a star fewer")
 
 
-def test_a_catalogue_in_another_order_with_stars_more_and_fewer_gets_the_right_rows(stars_dir, simulated, decoded):
-    objects = stars_dir / "objects.csv"
-    header, *rows = objects.read_text().splitlines()
-    objects.write_text("\n".join([header, *rows[:8]]))
-    open_all(stars_dir)
-    decoded.clear()
-    objects.write_text("\n".join([header, *rows[:2:-1]]))
-    opened = open_all(stars_dir)
-    assert len(opened) == 12 and len(decoded) == 2 * 7
-    assert_true_to_the_files(stars_dir, opened)
-    objects.write_text("\n".join([header, *rows[5:]]))
-    decoded.clear()
-    assert_true_to_the_files(stars_dir, open_all(stars_dir))
-    assert not decoded
+def test_another_preparation_is_noticed(stars_dir, decoded, monkeypatch, tmp_path):
+    read(stars_dir)
+    (tmp_path / "other.py").write_text("# another way\n")
+    monkeypatch.setattr(cache.preparation, "__file__", str(tmp_path / "other.py"))
+    read(stars_dir)
+    assert len(decoded) == 2 * STARS
 
 
-def test_damage_is_remembered_and_told_under_the_path_of_today(stars_dir, tmp_path, decoded):
-    star = catalog(stars_dir)[0]
-    data.cutout_path(stars_dir, star).write_bytes(b"\xff\xd8\xff\xe0 cut")
-    told = []
-    for directory in (stars_dir, tmp_path / "moved"):
-        if not directory.exists():
-            stars_dir.rename(directory)
-        checked, _ = cache.open_stars(catalog(directory), directory, spectra=True, images=True, num_workers=0)
-        told.append(checked[0].damage)
-        assert str(data.cutout_path(directory, star)) in checked[0].damage
-    assert len(decoded) == 2 * 5 * PER_CLASS
-    assert told[0].partition(": ")[2] == told[1].partition(": ")[2] != ""
+def test_a_file_that_could_not_be_read_is_tried_again(stars_dir, monkeypatch):
+    first = catalog(stars_dir)[0]
+
+    def refuse(path, star):
+        if star.name == first.name:
+            raise UnreadableError(f"{path}: cannot be read (Permission denied)")
+        return read_spectrum(path, star)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.sdss_files, "read_spectrum", refuse)
+        assert len(read(stars_dir).stars) == STARS - 1
+    assert len(read(stars_dir).stars) == STARS
 
 
-def test_a_file_that_could_not_be_read_is_tried_again(stars_dir):
-    star = catalog(stars_dir)[0]
-    with patch.object(data, "read_spectrum", side_effect=data.UnreadableError("Input/output error")):
-        assert not open_all(stars_dir)
-    assert star.name in open_all(stars_dir)
+# A cache that is damaged or disturbed
 
 
-def test_another_preparation_is_noticed(stars_dir, decoded):
-    plain = open_all(stars_dir)
-    with patch.object(data, "SCALED_FLUX_RANGE", (0.9, 1.1)):
-        clipped = open_all(stars_dir)
-    assert all(spectrum.max() <= np.float32(1.1) for spectrum, _ in clipped.values())
-    again = open_all(stars_dir)
-    assert all(torch.equal(plain[name][0], again[name][0]) for name in plain)
-    assert len(decoded) == 3 * 2 * 5 * PER_CLASS
-
-
-# A cache that is damaged, or disturbed
-
-
-@pytest.mark.parametrize("name", ["spectra.npy", "images.npy", "index.json"])
-@pytest.mark.parametrize("content", ["truncated", "empty", "garbage", "garbage of the same size", "absent"])
-def test_a_damaged_cache_is_made_anew(stars_dir, name, content):
-    open_all(stars_dir)
+@pytest.mark.parametrize("name", ["spectra", "images", "index.json"])
+@pytest.mark.parametrize("damage", ["half", "empty", "brackets", "zeros", "absent", "null"])
+def test_a_damaged_cache_is_made_anew(stars_dir, name, damage):
+    read(stars_dir)
     path = stars_dir / cache.CACHE_DIR / name
     whole = path.read_bytes()
-    path.write_bytes(
-        {"truncated": whole[: len(whole) // 2], "garbage": b"[" * 5000, "garbage of the same size": b"\0" * len(whole)}
-        .get(content, b"")
-    )  # fmt: skip
-    if content == "absent":
+    contents = {"half": whole[: len(whole) // 2], "brackets": b"[" * 5000, "zeros": bytes(len(whole)), "null": b"null"}
+    path.write_bytes(contents.get(damage, b""))
+    if damage == "absent":
         path.unlink()
-    opened = open_all(stars_dir)
-    assert len(opened) == 5 * PER_CLASS
-    assert_true_to_the_files(stars_dir, opened)
+    assert_rows_are_the_files(stars_dir, read(stars_dir))
 
 
-@pytest.mark.parametrize("index", [{}, [], {"preparation": ""}])
-def test_an_index_of_another_form_is_made_anew(stars_dir, index):
-    open_all(stars_dir)
-    (stars_dir / cache.CACHE_DIR / cache.INDEX_FILE).write_text(json.dumps(index))
-    assert len(open_all(stars_dir)) == 5 * PER_CLASS
-
-
-def test_a_run_keeps_its_rows_when_the_cache_is_deleted_or_made_anew(stars_dir):
-    _, arrays = cache.open_stars(catalog(stars_dir), stars_dir, spectra=True, images=True, num_workers=0)
-    rows = np.arange(5 * PER_CLASS)
-    before = arrays["spectra"][rows]
-    swap_spectrum(stars_dir)
-    open_all(stars_dir)
-    assert torch.equal(arrays["spectra"][rows], before)
+def test_a_run_keeps_its_rows_when_the_cache_is_made_anew_or_deleted(stars_dir):
+    prepared = read(stars_dir)
+    before = prepared.spectra[:]
+    swap_flux(stars_dir)
+    assert not torch.equal(read(stars_dir).spectra[:], before)
+    assert torch.equal(prepared.spectra[:], before)
     shutil.rmtree(stars_dir / cache.CACHE_DIR)
-    assert torch.equal(arrays["spectra"][rows], before)
+    assert torch.equal(prepared.spectra[:], before)
 
 
-def test_an_array_that_is_written_over_under_a_run_stops_it(stars_dir):
-    _, arrays = cache.open_stars(catalog(stars_dir), stars_dir, spectra=True, images=True, num_workers=0)
-    with open(stars_dir / cache.CACHE_DIR / "images.npy", "rb+") as file:
-        file.truncate(4096)
-    with pytest.raises(DataError, match=r"images.npy: was changed while it was read; run again"):
-        arrays["images"][np.arange(5)]
+def test_an_array_that_is_written_over_stops_the_run(stars_dir):
+    prepared = read(stars_dir)
+    os.truncate(stars_dir / cache.CACHE_DIR / "images", 4096)
+    with pytest.raises(DataError, match="images: was changed while it was read; run again"):
+        prepared.images[:]
 
 
-OPEN = """
-import sys
+READ = """
+import multiprocessing, sys, time
 from pathlib import Path
-import cache, data
-directory = Path(sys.argv[1])
-cache.FEW_FILES = 0
-checked, _ = cache.open_stars(
-    data.read_catalog(directory / "objects.csv")[0], directory, spectra=True, images=True, num_workers=2)
-print(sum(not (entry.missing or entry.damage) for entry in checked), "usable")
+import cache
+multiprocessing.set_start_method("fork")  # workers, too, are slow
+read_cutout, cache.FEW_STARS = cache.sdss_files.read_cutout, 0
+cache.sdss_files.read_cutout = lambda path: (time.sleep(float(sys.argv[2])), read_cutout(path))[1]
+print(len(cache.read_stars(Path(sys.argv[1]), "fusion", 2)[0].stars), "stars read")
 """
 
 
-def start_opening(stars_dir: Path, code: str = OPEN) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(stars_dir)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start_reading(stars_dir: Path, seconds_a_star: float) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", READ, str(stars_dir), str(seconds_a_star)]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_runs_that_start_together_share_the_work(stars_dir, decoded):
-    slow = OPEN.replace("cache.FEW_FILES", "real = data.read_cutout; import time\n"
-        "data.read_cutout = lambda path: (time.sleep(0.2), real(path))[1]\ncache.FEW_FILES")  # fmt: skip
-    both = [start_opening(stars_dir, slow) for _ in range(2)]
-    told = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert all(f"{5 * PER_CLASS} usable" in out for out, _ in told)
-    assert sum("waiting for it" in out for out, _ in told) <= 1
-    assert_true_to_the_files(stars_dir, open_all(stars_dir))
+    both = [start_reading(stars_dir, 0.1) for _ in range(2)]
+    told = [process.communicate(timeout=120)[0] for process in both]
+    assert all(f"{STARS} stars read" in out for out in told)
+    assert sum("waiting for it" in out for out in told) <= 1
+    assert_rows_are_the_files(stars_dir, read(stars_dir))
     assert not decoded
 
 
-def test_a_killed_run_leaves_nothing_that_counts(stars_dir):
-    endless = OPEN.replace("cache.FEW_FILES = 0", "import time\ndata.read_cutout = lambda path: time.sleep(60)")
-    process = start_opening(stars_dir, endless)
+def test_a_killed_run_leaves_no_lock_and_nothing_that_counts(stars_dir):
+    process = start_reading(stars_dir, 60)
     directory = stars_dir / cache.CACHE_DIR
     deadline = time.monotonic() + 60
-    while not list(directory.glob(".images-*.partial.npy")) and time.monotonic() < deadline:
+    while not list(directory.glob("partial-*/spectra")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(1)  # worker processes start
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert list(directory.glob(".*.partial*"))
-    assert_true_to_the_files(stars_dir, open_all(stars_dir))
-    assert {path.name for path in directory.iterdir()} == {"spectra.npy", "images.npy", "index.json", ".lock"}
+    process.communicate(timeout=10)  # until its workers, too, have closed their output
+    assert list(directory.glob("partial-*"))
+    assert_rows_are_the_files(stars_dir, read(stars_dir))
+    assert {path.name for path in directory.iterdir()} == {"spectra", "images", "index.json", ".lock"}
 
 
 def test_a_directory_that_cannot_be_written_gets_a_cache_elsewhere(stars_dir, capsys):
     """A file in the cache's place: even the superuser cannot write there."""
     (stars_dir / cache.CACHE_DIR).write_text("in the way")
-    opened = open_all(stars_dir)
-    assert len(opened) == 5 * PER_CLASS
-    assert_true_to_the_files(stars_dir, opened)
+    assert_rows_are_the_files(stars_dir, read(stars_dir))
     assert f"{stars_dir / cache.CACHE_DIR}: cannot be written" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser can write everywhere")
-def test_a_read_only_directory(stars_dir, capsys, decoded):
-    stars_dir.chmod(0o500)
-    assert len(open_all(stars_dir)) == 5 * PER_CLASS and "cannot be written" in capsys.readouterr().out
-    stars_dir.chmod(0o700)
-    open_all(stars_dir)
-    stars_dir.chmod(0o500)
-    decoded.clear()
-    assert len(open_all(stars_dir)) == 5 * PER_CLASS  # a cache that is there is used
-    assert not decoded and "cannot be written" not in capsys.readouterr().out
-    stars_dir.chmod(0o700)

@@ -78,6 +78,7 @@ READ: dict[str, tuple[str | bytes, list[tuple]]] = {
                                   ("a", "M0", 300, 52000, 8)]),
     "a designation": (one_row(name="2MASS J04251456-0637168 (B)"),
                       [("2MASS J04251456-0637168 (B)", "M0", 300, 52000, 8, 150.0, 1.0)]),
+    "a designation in brackets": (one_row(name="[KHM2004] 12"), [("[KHM2004] 12", "M0", 300, 52000, 8, 150.0, 1.0)]),
     "accents, decomposed": (one_row(name="e\u0301toile"), [("étoile", "M0", 300, 52000, 8, 150.0, 1.0)]),
     "one name, one place": (f"{HEADER},ra,dec\na,M0,300,52000,7,150,1\na,M0,301,52000,7,150.0001,1\n",
                             [("a", "M0", 300, 52000, 7, 150.0, 1.0), ("a", "M0", 301, 52000, 7, 150.0001, 1.0)]),
@@ -313,7 +314,8 @@ TABLES = st.lists(st.lists(CELLS, max_size=8).map(",".join), max_size=5).map("\n
 
 @given(TABLES.map(lambda rows: f"{HEADER},ra,dec\n{rows}".encode(errors="replace")) | st.binary(max_size=200))
 @example(b"name,subclass,plate,mjd,fiberID\na,M\x1e0,1,52000,1")
-@example(b"name,subclass,plate,mjd,fiberID\n1e99,M0,1,52000,1")
+@example(b"name,subclass,plate,mjd,fiberID\n1e999,M0,1,52000,1")
+@example(b"name,subclass,plate,mjd,fiberID\n" + b"0" * 5000 + b",M0,1,52000,1")
 def test_any_other_text_is_refused_or_gives_stars_that_can_be_named(path, content):
     path.write_bytes(content)
     for labelled in (True, False):

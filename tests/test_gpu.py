@@ -1,0 +1,122 @@
+"""Training on a GPU: the captured step is the plain step; runs resume; figures agree with the CPU's.
+
+    python -m pytest -m gpu tests/test_gpu.py          two minutes
+"""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from common import run_script
+
+from classifier import Classifier
+from dataset import Batch
+from preparation import SPECTRUM_LENGTH
+from recipe import IMPROVED, PAPER, Recipe
+from simulate_sdss_data import simulate
+from trainer import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+STEPS = 20
+SMALL = {"image_backbone": "resnet50", "image_weights": "none"}
+OPTIONS = ("--image-backbone", "resnet18", "--image-weights", "none", "--layers", 2, "--num-workers", 2)
+
+
+def random_batches(number: int, stars: int = 32) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(number):
+        flux = 1 + 0.3 * torch.randn(stars, SPECTRUM_LENGTH, generator=generator)
+        spectra = torch.stack([flux, torch.full_like(flux, 100.0)], dim=1)
+        images = torch.randint(256, (stars, 3, 128, 128), generator=generator, dtype=torch.uint8)
+        targets = torch.randint(5, (stars,), generator=generator)
+        batches.append(Batch(spectra.cuda(), images.cuda(), targets.cuda()))
+    return batches
+
+
+def losses_of(recipe: Recipe, precision: str, *, captured: bool, compiled: bool = False) -> torch.Tensor:
+    torch.manual_seed(0)
+    classifier = Classifier(recipe, precision).cuda().train()
+    trainer = Trainer(classifier, epochs=10, steps_per_epoch=10, compiled=compiled)
+    if not captured:
+        trainer._learn = trainer._plain_step
+    torch.manual_seed(5)
+    return torch.stack([trainer.step(batch).clone() for batch in random_batches(STEPS)]).cpu()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", [PAPER, IMPROVED], ids=["paper", "improved"])
+def test_captured_steps_give_the_losses_of_plain_ones(recipe, precision):
+    recipe = replace(recipe, **SMALL, learning_rate=1e-5)  # small, so that rounding does not grow from step to step
+    captured, plain = (losses_of(recipe, precision, captured=way) for way in (True, False))
+    assert captured.std() > 0.01
+    assert torch.allclose(captured, plain, rtol=2e-3 if precision == "fp32" else 1e-2), (captured - plain).abs().max()
+
+
+def test_each_replay_draws_its_own_augmentation():
+    recipe = replace(PAPER, modality="spectrum", spectrum_noise=10.0, learning_rate=1e-9)
+    trainer = Trainer(Classifier(recipe).cuda().train(), epochs=10, steps_per_epoch=10)
+    (batch,) = random_batches(1)
+    torch.manual_seed(1)
+    first = [trainer.step(batch).item() for _ in range(10)]
+    torch.manual_seed(1)
+    second = [trainer.step(batch).item() for _ in range(10)]
+    assert len(set(first)) == 10 and first[4:] != second[4:]  # the first steps ran plainly
+    torch.manual_seed(1)
+    assert [trainer.step(batch).item() for _ in range(10)] == pytest.approx(second, rel=1e-4)
+
+
+def test_state_on_the_gpu_goes_on_where_it_was():
+    recipe = replace(IMPROVED, **SMALL, learning_rate=1e-5)
+    torch.manual_seed(0)
+    classifier = Classifier(recipe, "bf16").cuda().train()
+    batches, losses = random_batches(10), []
+    trainer = Trainer(copy.deepcopy(classifier), epochs=10, steps_per_epoch=10)
+    for batch in batches[:5]:
+        trainer.step(batch)
+    states = {name: state for name, state in trainer.state_dict().items()}
+    for way in ("straight on", "from its state"):
+        if way == "from its state":
+            trainer = Trainer(copy.deepcopy(classifier), epochs=10, steps_per_epoch=10)
+            trainer.load_state_dict(states)
+        torch.manual_seed(3)
+        losses.append(torch.stack([trainer.step(batch).clone() for batch in batches[5:]]).cpu())
+    assert torch.allclose(*losses, rtol=2e-2), losses
+
+
+def test_a_compiled_step_learns_the_same():
+    recipe = replace(PAPER, image_backbone="resnet18", image_weights="none", learning_rate=1e-5)
+    compiled = losses_of(recipe, "bf16", captured=True, compiled=True)
+    assert torch.allclose(compiled, losses_of(recipe, "bf16", captured=True), rtol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def stars_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("simulated") / "stars"
+    simulate(directory, per_class=24, seed=7, min_snr=5)
+    return directory
+
+
+def train(stars_dir, output_dir, *options) -> dict:
+    done = run_script("train.py", "--data-dir", stars_dir, "--output-dir", output_dir, *OPTIONS, *options)
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads((output_dir / "training_history.json").read_text())
+    return record
+
+
+def test_a_run_is_scored_on_the_cpu_as_on_the_gpu(stars_dir, tmp_path):
+    record = train(stars_dir, tmp_path, "--epochs", 3, "--precision", "fp32")
+    assert "NVIDIA" in record["config"]["device"]
+    (checkpoint,) = (tmp_path / "checkpoints").glob("best_model_*.pth")
+    done = run_script("train.py", "--evaluate", checkpoint, "--data-dir", stars_dir, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    loss = float(done.stdout.rsplit("loss ", 1)[1])
+    best = record["final_metrics"]["best_epoch"] - 1
+    assert loss == pytest.approx(record["epoch_metrics"]["val_loss"][best], abs=0.02)
+
+
+def test_auto_is_bf16(stars_dir, tmp_path):
+    record = train(stars_dir, tmp_path, "--epochs", 1, "--modality", "spectrum")
+    assert record["config"]["precision"] == "bf16"
