@@ -21,6 +21,8 @@ def augment(batch: Batch, recipe: Recipe) -> Batch:
     spectra, images, image_mask = batch.spectra, batch.images, batch.image_mask
     if spectra is not None and recipe.spectrum_shift:
         spectra = shift(spectra, recipe.spectrum_shift)
+    if spectra is not None and recipe.spectrum_tilt:
+        spectra = tilt(spectra, recipe.spectrum_tilt)
     if spectra is not None and recipe.spectrum_noise:
         spectra = add_noise(spectra, recipe.spectrum_noise)
     if images is not None and recipe.rotate_and_flip:
@@ -60,6 +62,14 @@ def shift(spectra: Tensor, largest: int) -> Tensor:
     shifts = torch.randint(-largest, largest + 1, (len(spectra), 1), device=spectra.device)
     pixels = (torch.arange(SPECTRUM_LENGTH, device=spectra.device) - shifts).clamp(0, SPECTRUM_LENGTH - 1)
     return spectra.gather(2, pixels[:, None].expand(-1, 2, -1))
+
+
+def tilt(spectra: Tensor, deviation: float) -> Tensor:
+    """Spectra (B, 2, 3522), each multiplied by the exponential of a random parabola: an error of the flux calibration."""
+    x = torch.linspace(-1, 1, SPECTRUM_LENGTH, device=spectra.device)
+    slope, bend = torch.randn(2, len(spectra), 1, device=spectra.device) * deviation
+    factor = torch.exp(slope * x + bend * (x**2 - 1 / 3))
+    return torch.stack([spectra[:, 0] * factor, spectra[:, 1] / factor**2], dim=1)
 
 
 def add_noise(spectra: Tensor, most: float) -> Tensor:

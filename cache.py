@@ -32,7 +32,7 @@ from torch import Tensor
 import cli
 import preparation
 import sdss_files
-from catalog import CLASS_NAMES, Star, read_catalog, separation_arcsec
+from catalog import CLASS_NAMES, Star, position_conflict, read_catalog
 from cli import DataError
 from star_files import FileIndex, catalog_path
 from workers import parallel_map
@@ -46,10 +46,6 @@ ROWS = {
 INPUTS = {"fusion": ("spectra", "images"), "spectrum": ("spectra",), "image": ("images",)}  # by modality
 MISSING = {"spectra": "no spectrum", "images": "no image"}
 FEW_STARS = 128  # are decoded before worker processes would have started
-
-# A cutout is taken at the catalogue's position, a spectrum at the fibre's, some years apart. Few M dwarfs move 5″ in
-# that time, and one that did is still inside its cutout of 25.6″.
-MAX_OFFSET_ARCSEC = 5.0
 
 Paths = dict[str, Path | None]  # of a star's files, "spectra" and "images"
 
@@ -156,11 +152,8 @@ def check_star(star: Star, paths: Paths, found: dict[str, Finding], kinds: tuple
         return CheckedStar(star, ", ".join(missing))
     if damage := [f"{paths[kind]}: {found[kind].damage}" for kind in kinds if found[kind].damage]:
         return CheckedStar(star, "damaged", "; ".join(damage))
-    offset = separation_arcsec(star.ra, star.dec, spectrum.ra, spectrum.dec)
-    if offset > MAX_OFFSET_ARCSEC:
-        angle = f"{offset:.0f}″" if offset < 360 else f"{offset / 3600:.1f}°"
-        problem = f"{paths['spectra']}: the catalogue places it {angle} from where its spectrum was taken"
-        return CheckedStar(star, "misplaced", problem)
+    if conflict := position_conflict(star.ra, star.dec, spectrum.ra, spectrum.dec):
+        return CheckedStar(star, "misplaced", f"{paths['spectra']}: {conflict}")
     return CheckedStar(star)
 
 
@@ -262,19 +255,8 @@ def decode_star(directory: Path, row: int, star: Star, paths: Paths) -> dict[str
     for kind, path in paths.items():
         if path is None:
             continue
-        found[kind] = Finding()
-        try:
-            if kind == "spectra":
-                spectrum = sdss_files.read_spectrum(path, star)
-                found[kind] = Finding(ra=spectrum.ra, dec=spectrum.dec, simulated=spectrum.simulated)
-                array = preparation.prepare_spectrum(spectrum)
-            else:
-                cutout = sdss_files.read_cutout(path)
-                found[kind] = Finding(simulated=cutout.simulated)
-                array = preparation.prepare_cutout(cutout.pixels)
-        except DataError as error:
-            damage, unreadable = str(error).removeprefix(f"{path}: "), isinstance(error, sdss_files.UnreadableError)
-            found[kind] = found[kind]._replace(damage=damage, unreadable=unreadable)
+        found[kind], array = decode_file(kind, path, star)
+        if array is None:
             continue
         assert np.dtype((array.dtype, array.shape)) == ROWS[kind], f"prepared as {array.dtype} {array.shape}"
         # Not through a mapping: its pages count as memory, and a full disk would kill the process.
@@ -282,3 +264,18 @@ def decode_star(directory: Path, row: int, star: Star, paths: Paths) -> dict[str
             file.seek(row * array.nbytes)
             file.write(array.tobytes())
     return found
+
+
+def decode_file(kind: str, path: Path, star: Star) -> tuple[Finding, np.ndarray | None]:
+    """The findings in one of a star's files, and its content prepared for the network; None if it is damaged."""
+    finding = Finding()
+    try:
+        if kind == "images":
+            cutout = sdss_files.read_cutout(path)
+            return Finding(simulated=cutout.simulated), preparation.prepare_cutout(cutout.pixels)
+        spectrum = sdss_files.read_spectrum(path, star)
+        finding = Finding(ra=spectrum.ra, dec=spectrum.dec, simulated=spectrum.simulated)
+        return finding, preparation.prepare_spectrum(spectrum)
+    except DataError as error:
+        damage, unreadable = str(error).removeprefix(f"{path}: "), isinstance(error, sdss_files.UnreadableError)
+        return finding._replace(damage=damage, unreadable=unreadable), None

@@ -26,6 +26,10 @@ CLASS_NAMES = ("M0", "M1", "M2", "M3", "M4")
 
 SAME_STAR_ARCSEC = 2.0  # rows closer than this on the sky are one star observed twice
 
+# A cutout is taken at the catalogue's position, a spectrum at the fibre's, some years apart. Few M dwarfs move 5″ in
+# that time, and one that did is still inside its cutout of 25.6″.
+MAX_OFFSET_ARCSEC = 5.0
+
 # DR16 holds plates below the first number under run2d 26, and those from the second on as BOSS and eBOSS.
 FIRST_PLATE_BEYOND_26 = 1960
 FIRST_BOSS_PLATE = 3523
@@ -216,6 +220,15 @@ def separation_arcsec(ra: float, dec: float, other_ra: float, other_dec: float) 
     haversine = np.sin((dec - other_dec) / 2) ** 2
     haversine += np.cos(dec) * np.cos(other_dec) * np.sin((ra - other_ra) / 2) ** 2
     return float(np.degrees(2 * np.arcsin(np.sqrt(min(haversine, 1.0)))) * 3600)
+
+
+def position_conflict(ra: float, dec: float, spectrum_ra: float, spectrum_dec: float) -> str:
+    """How a star's position in the catalogue contradicts that of its spectrum, all in degrees; "" if it does not."""
+    offset = separation_arcsec(ra, dec, spectrum_ra, spectrum_dec)
+    if not offset > MAX_OFFSET_ARCSEC:  # NaN: unknown
+        return ""
+    angle = f"{offset:.0f}″" if offset < 360 else f"{offset / 3600:.1f}°"
+    return f"the catalogue places it {angle} from where its spectrum was taken"
 
 
 def group_same_stars(stars: Sequence[Star]) -> np.ndarray:

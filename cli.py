@@ -75,6 +75,10 @@ class ScriptParser(argparse.ArgumentParser):
     def add_quiet(self) -> None:
         self.add_argument("--quiet", action="store_true", help="print errors only, and show no progress")
 
+    def option(self, name: str) -> str:
+        """The option that sets this attribute, as the user writes it."""
+        return next(action.option_strings[-1] for action in self._actions if action.dest == name)
+
 
 _quiet = contextvars.ContextVar("quiet", default=False)
 

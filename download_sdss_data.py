@@ -42,14 +42,12 @@ import requests
 
 import cli
 import sdss_archive
-from catalog import CLASS_NAMES, Star, decode_spec_obj_id, read_catalog, separation_arcsec
+from catalog import CLASS_NAMES, Star, decode_spec_obj_id, position_conflict, read_catalog
 from cli import DataError, number_between
 from sdss_archive import BadBodyError, FetchError
 from sdss_files import Cutout, Spectrum, WrongFileError, read_cutout, read_spectrum
 from star_files import FileIndex, catalog_path, cutout_path, spectrum_path
 
-# A cutout is taken at the catalogue's position, a spectrum at the fibre's; an M dwarf moves less in between.
-MAX_OFFSET_ARCSEC = 5.0
 # A server is given up for this run after so many files in a row, each lost to a transient fault.
 MAX_CONSECUTIVE_FAILURES = 8
 
@@ -154,9 +152,8 @@ def with_positions(cutouts: list[File], args: argparse.Namespace) -> list[File]:
         if not positions:
             reason = "no position: no ra, dec in the catalogue, no PLUG_RA, PLUG_DEC in a spectrum"
             located.append(cutout._replace(reason=reason))
-        elif (offset := separation_arcsec(*positions[0], *positions[-1])) > MAX_OFFSET_ARCSEC:
-            reason = f"the catalogue's position is not its spectrum's ({offset / 3600:.2g}° off)"
-            located.append(cutout._replace(reason=reason))
+        elif conflict := position_conflict(*positions[0], *positions[-1]):
+            located.append(cutout._replace(reason=conflict))
         else:
             located.append(cutout._replace(urls=(sdss_archive.cutout_url(*positions[0], args.skyserver_url),)))
     return located

@@ -15,26 +15,21 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import astropy
-import matplotlib
 import numpy as np
-import pandas as pd
-import sklearn
 import torch
-import torchvision
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay
 
 from catalog import CLASS_NAMES, Star
 from checkpoint import torch_load, torch_save
 from cli import DataError, remove_leftovers, write_atomically
+from plots import Axes, new_figure
 
 # The mark of an unfinished run's file; the number changes with all that makes a run go on otherwise than it began.
 STATE_FORMAT = "m-star training state 7"
@@ -174,51 +169,51 @@ def put_into_history(path: Path, record: dict) -> None:
 
 def plot_training(path: Path, record: dict) -> None:
     """Loss, accuracy, precision, recall and F1 by epoch."""
-    metrics, config, best = record["epoch_metrics"], record["config"], record["final_metrics"]["best_epoch"]
-    epochs = range(1, len(metrics["train_loss"]) + 1)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    figure.suptitle(f"{config['training_id']}: {config['modality']}, {config['stars']}")
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, metrics["train_loss"], "o-", label="training (augmented stars)")
-    left.plot(epochs, metrics["val_loss"], "o-", label="validation")
-    left.set(xlabel="epoch", ylabel="loss")
-    for name, marker in (("accuracy", "o"), ("precision", "s"), ("recall", "^"), ("f1", "D")):
-        right.plot(
-            epochs, metrics[f"val_{name}"], f"{marker}-", markersize=4, alpha=0.8, label=name.replace("f1", "F1")
-        )
-    stars = config["stars_by_class_and_split"]["validation"].values()
-    right.axhline(max(stars) / sum(stars), color="gray", linestyle=":", label="accuracy of one class for all")
-    right.set(xlabel="epoch", ylabel="validation score (weighted)", ylim=(0, 1.02))
-    for axes in (left, right):
-        axes.axvline(best, color="black", linestyle="--", linewidth=0.8, label=f"best epoch ({best})")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with write_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    config, best = record["config"], record["final_metrics"]["best_epoch"]
+    with new_figure(path, figsize=(11, 4)) as figure:
+        figure.suptitle(f"{config['training_id']}: {config['modality']}, {config['stars']}")
+        left, right = figure.subplots(1, 2)
+        draw_losses(left, record["epoch_metrics"])
+        draw_scores(right, record["epoch_metrics"], config["stars_by_class_and_split"]["validation"].values())
+        for axes in (left, right):
+            axes.axvline(best, color="black", linestyle="--", linewidth=0.8, label=f"best epoch ({best})")
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+
+def draw_losses(axes: Axes, metrics: dict[str, list[float]]) -> None:
+    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
+        axes.plot(range(1, len(metrics[name]) + 1), metrics[name], "o-", label=label)
+    axes.set_ylabel("loss")
+
+
+def draw_scores(axes: Axes, metrics: dict[str, list[float]], stars_by_class: Collection[int]) -> None:
+    for name, marker in (("accuracy", "o"), ("precision", "s"), ("recall", "^"), ("F1", "D")):
+        curve = metrics[f"val_{name.lower()}"]
+        axes.plot(range(1, len(curve) + 1), curve, f"{marker}-", markersize=4, alpha=0.8, label=name)
+    most = max(stars_by_class) / sum(stars_by_class)
+    axes.axhline(most, color="gray", linestyle=":", label="accuracy of one class for all")
+    axes.set(ylabel="validation score (weighted)", ylim=(0, 1.02))
 
 
 def plot_confusion_matrix(path: Path, targets: np.ndarray, predictions: np.ndarray, title: str) -> None:
-    figure = Figure(figsize=(5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    labels = range(len(CLASS_NAMES))
-    ConfusionMatrixDisplay.from_predictions(
-        targets,
-        predictions,
-        labels=labels,
-        display_labels=CLASS_NAMES,
-        cmap="Blues",
-        colorbar=False,
-        ax=axes,
-    )
-    axes.set(title=title, xlabel="predicted subclass", ylabel="catalogue subclass")
-    with write_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    from sklearn.metrics import ConfusionMatrixDisplay  # here: it takes a second
+
+    with new_figure(path, figsize=(5, 4.6)) as figure:
+        axes = figure.subplots()
+        ConfusionMatrixDisplay.from_predictions(
+            targets, predictions, labels=range(len(CLASS_NAMES)), display_labels=CLASS_NAMES, cmap="Blues",
+            colorbar=False, ax=axes,
+        )  # fmt: skip
+        axes.set(title=title, xlabel="predicted subclass", ylabel="catalogue subclass")
 
 
 def library_versions() -> dict[str, str]:
-    libraries = (torch, torchvision, np, pd, sklearn, astropy, matplotlib)
-    return {"python": platform.python_version()} | {library.__name__: str(library.__version__) for library in libraries}
+    libraries = ("torchvision", "numpy", "scikit-learn", "astropy", "matplotlib")
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return versions | {library: metadata.version(library) for library in libraries}
 
 
 def git_commit() -> str | None:

@@ -1,18 +1,16 @@
-"""Is a star unlike those that a network was trained on? A network gives every input a class: a galaxy, too.
+"""Is a star unlike the training stars? A network gives every input a class, a galaxy too.
 
-    references = fit_references(train_loader)                        # train.py: into the checkpoint
-    outlier_score("spectrum", spectra, references["spectrum"])          # predict.py: (B,), flagged above 1
+    references = fit_references(prepared, training_rows)                # train.py keeps them in the checkpoint
+    score = outlier_score("spectra", spectra, references["spectra"])    # predict.py: (B,), an outlier above 1
 
-Of each input a few numbers are kept: of a spectrum its mean flux in 32 bands, of an image the median
-brightness of 6 rings around its centre in 3 colours, which neighbours in the field hardly change. A star's
-Mahalanobis distance from the training stars (covariance after Ledoit & Wolf 2004, J. Multivariate Analysis
-88, 365, sound also for fewer stars than numbers) is divided by the one that 99.5 % of these keep within.
+A few numbers stand for each input: of a spectrum its mean flux in 32 bands, of an image the median brightness of 6
+rings around its centre in 3 colours, which neighbours in the field hardly change. The score is the star's Mahalanobis
+distance from the training stars over the distance that 99.5 % of these keep within. Their covariance is shrunk after
+Ledoit & Wolf 2004 (J. Multivariate Analysis 88, 365), sound also for fewer stars than numbers.
 """
 
 import numpy as np
 import torch
-from sklearn.covariance import LedoitWolf
-from sklearn.model_selection import KFold
 from torch import Tensor
 
 from cache import PreparedStars
@@ -20,7 +18,11 @@ from sdss_files import CUTOUT_SCALE, IMAGE_SIZE
 
 BANDS = 32
 RING_EDGES = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 12.0)  # arcsec from the star
-ORDINARY = 0.995  # fraction of the training stars that is taken for ordinary
+ORDINARY = 0.995  # fraction of the training stars with a score below 1
+FOLDS = 5
+ROWS_AT_ONCE = 1024
+
+References = dict[str, dict[str, Tensor]]  # by input, "spectra" and "images": mean, precision, limit
 
 
 def summarise_spectra(spectra: Tensor) -> Tensor:
@@ -36,33 +38,41 @@ def summarise_images(images: Tensor) -> Tensor:
     return torch.cat([images[:, :, ring].float().median(dim=2).values for ring in rings], dim=1)
 
 
-SUMMARIES = {"spectrum": summarise_spectra, "image": summarise_images}
+SUMMARIES = {"spectra": summarise_spectra, "images": summarise_images}
 
 
-def fit_references(prepared: PreparedStars, rows: np.ndarray) -> dict[str, dict[str, Tensor]]:
-    """The reference that `outlier_score` compares with, for each input of the training stars, `rows` of the prepared
-    ones."""
+def fit_references(prepared: PreparedStars, rows: np.ndarray) -> References:
+    """What `outlier_score` compares with, for each input of the training stars, `rows` of the prepared ones."""
     references = {}
-    for kind, inputs in (("spectrum", prepared.spectra), ("image", prepared.images)):
+    for kind, summarise in SUMMARIES.items():
+        inputs = getattr(prepared, kind)
         if inputs is not None:
-            summaries = [SUMMARIES[kind](inputs[some]) for some in np.array_split(rows, len(rows) // 1024 + 1)]
-            references[kind] = _fit(torch.cat(summaries))
+            parts = np.array_split(rows, len(rows) // ROWS_AT_ONCE + 1)
+            references[kind] = _fit(torch.cat([summarise(inputs[part]) for part in parts]).double().numpy())
     return references
 
 
-def _fit(summaries: Tensor) -> dict[str, Tensor]:
-    rows = summaries.double().numpy()
+def _fit(summaries: np.ndarray) -> dict[str, Tensor]:
+    """Mean, precision matrix and limit of the distance of the training stars' summaries (N, K)."""
+    from sklearn.covariance import LedoitWolf  # here: it takes a second, which classification does not need
+    from sklearn.model_selection import KFold
+
     # Each star is measured by a fit without it: stars lie closer to a mean that they made themselves.
-    folds = KFold(min(5, len(rows)), shuffle=True, random_state=0).split(rows)
-    distances = [LedoitWolf().fit(rows[others]).mahalanobis(rows[held_out]) for others, held_out in folds]
-    covariance = LedoitWolf().fit(rows)
-    limit = np.quantile(np.sqrt(np.concatenate(distances)), ORDINARY)
+    folds = KFold(min(FOLDS, len(summaries)), shuffle=True, random_state=0).split(summaries)
+    squares = [LedoitWolf().fit(summaries[others]).mahalanobis(summaries[held_out]) for others, held_out in folds]
+    limit = np.quantile(np.sqrt(np.concatenate(squares)), ORDINARY)
+    covariance = LedoitWolf().fit(summaries)
     arrays = {"mean": covariance.location_, "precision": covariance.precision_, "limit": limit}
     return {name: torch.as_tensor(array) for name, array in arrays.items()}
 
 
 def outlier_score(kind: str, inputs: Tensor, reference: dict[str, Tensor]) -> Tensor:
-    """(B,): the distance of these spectra or images from the training stars', 1 where 99.5 % of these are nearer."""
-    offset = SUMMARIES[kind](inputs).double() - reference["mean"]
+    """(B,) float64 on the CPU: the distance of these spectra or images from the training stars, over the limit."""
+    offset = SUMMARIES[kind](inputs).double().cpu() - reference["mean"]
     distance = torch.einsum("bi,ij,bj->b", offset, reference["precision"], offset).clamp(min=0).sqrt()
     return distance / reference["limit"]
+
+
+def is_outlier(score: Tensor) -> Tensor:
+    """(B,) bool: whether the stars lie farther from the training stars than 99.5 % of these."""
+    return score > 1

@@ -1,200 +1,210 @@
 """Classify the stars of a catalogue, labelled or not, with a checkpoint that train.py wrote.
 
-    python predict.py checkpoints/best_model_ID.pth --data-dir DIR              DIR/objects.csv → predictions.csv
+    python predict.py checkpoints/best_model_ID.pth --data-dir DIR              DIR/objects.csv: predictions.csv
     python predict.py checkpoints/best_model_ID.pth --data-dir DIR --output hyades.csv
-    python predict.py checkpoints/best_model_ID.pth --data-dir DIR --least-certain 20
+    torchrun --nproc-per-node=4 predict.py checkpoints/best_model_ID.pth        on four GPUs
 
-DIR/objects.csv needs the columns name, plate, mjd, fiberID; subclass may be absent, empty or anything. The files
-may lie in spectra/ and images/ or in any folder there, under the names that README.md gives. Each star gets a row:
+DIR/objects.csv needs the columns name, plate, mjd, fiberID; subclass may be absent, empty or anything. The stars' files
+are found by their names wherever they lie below spectra/ and images/. Each star gets a row:
 
-    predicted_subclass, p_M0 … p_M4    the most probable subclass, and the probability of each
-    expected_subclass, its _std        mean of the subclass numbers 0…4 weighted by probability, and their deviation
-    unlikeness, unlike_training        above 1, True: farther from the training stars than 99.5 % of these are
-                                       (outliers.py); whatever it is, its subclass means nothing
-    inputs, problem                    what the network read, and what is missing or damaged
+    predicted_subclass, p_M0 ... p_M4    the most probable subclass, and the probability of each
+    expected_subclass, its _std          mean of the subclass numbers 0 to 4 weighted by probability, and deviation
+    outlier_score, is_outlier            above 1, True: farther from the training stars than 99.5 % of these are
+                                         (outliers.py); whatever it is, its subclass means nothing
+    problem                              why it cannot be classified
 
-A predictions.csv of an earlier run is replaced, any other file of that name is not.
+After an interruption the same command goes on where it was. An earlier output of this script is replaced, any other
+file of that name is not.
 """
 
 import argparse
-import csv
-import shlex
-from collections import Counter
+import os
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
-import data
-import outliers
-from data import CLASS_NAMES, DataError, Spectrum, Star
-from model import FusionModel, load_checkpoint
-from train import choose_device
-
-BATCH_SIZE = 64  # stars; no score depends on it
-COLUMNS = (
-    "name", "plate", "mjd", "fiberID", "catalog_subclass", "simulated", "predicted_subclass",
-    *(f"p_{name}" for name in CLASS_NAMES), "expected_subclass", "expected_subclass_std",
-    "unlikeness", "unlike_training", "inputs", "problem",
-)  # fmt: skip
+from cli import ScriptParser, number_between
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = data.ScriptParser(__doc__)
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
     add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, spectra/ and images/")
     add("--output", type=Path, default=Path("predictions.csv"), metavar="CSV", help="gets a row for each star")
-    add("--least-certain", type=data.number_between(int, 0, 1000), default=5, metavar="N",
-        help="print the command that draws the N stars whose predicted subclass is least probable")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add("--num-workers", type=number_between(int, 0, 256), default=min(8, os.cpu_count() or 1),
+        help="processes that decode the stars' files")  # fmt: skip
     parser.add_quiet()
     return parser.parse_args(argv)
 
 
-def choose_inputs(model: FusionModel, there: set[str]) -> tuple[str, ...]:
-    """Which of a star's inputs "spectrum" and "image" the network is given; none if it needs one that is not there."""
-    possible = {"fusion": [("spectrum", "image")], "spectrum": [("spectrum",)], "image": [("image",)]}[model.modality]
-    if model.modality == "fusion" and model.image_dropout > 0:  # it has learned from spectra without image, too
-        possible.append(("spectrum",))
-    return next((inputs for inputs in possible if there.issuperset(inputs)), ())
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before torch is imported: --help and mistakes are answered at once
+
+import contextlib
+import csv
+import hashlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from filelock import Timeout
+
+import distributed
+from cache import FEW_STARS, INPUTS, Paths, fingerprint
+from catalog import CLASS_NAMES, Star, count_known, describe, read_catalog
+from checkpoint import load_checkpoint
+from classifier import Classifier
+from cli import DataError, file_lock, progress, quietly, refuse_foreign_file, run_as_script, write_atomically
+from dataset import prefetch
+from device import choose_device
+from outliers import References
+from prediction import COLUMNS, StarInputs, classify, find_files, read_star
+from star_files import FileIndex, catalog_path
+from workers import parallel_map
+
+CHUNK = 512  # stars that are classified together, and written together
 
 
-class StarFiles(NamedTuple):
-    """A star's files as they are and as the network gets them, None where missing or damaged; `problems` say why."""
-
-    star: Star
-    observed: Spectrum | None
-    pixels: np.ndarray | None  # (height, width, 3) uint8
-    prepared: dict[str, Tensor]  # "spectrum": (3522,) float32, "image": (3, 128, 128) uint8
-    problems: list[str]
+def main(args: argparse.Namespace) -> None:
+    with distributed.process_group(), quietly(args.quiet or distributed.rank() > 0):
+        try:
+            predict(args)
+        except torch.OutOfMemoryError as error:
+            raise DataError("the GPU's memory is full; try --device cpu") from error
 
 
-def read_files(data_dir: Path, star: Star, kinds: tuple[str, ...] = ("spectrum", "image")) -> StarFiles:
-    """Read a star's files, wherever in spectra/ and images/ they lie, and prepare them as for training."""
-    observed = pixels = None
-    prepared: dict[str, Tensor] = {}
-    problems = {}
+def predict(args: argparse.Namespace) -> None:
+    """Classify the catalogue's stars; of several processes each has chunks of its own, and the first writes the
+    table."""
+    refuse_foreign_file(args.output, ",".join(COLUMNS))
+    stars, left_out = read_catalog(catalog_path(args.data_dir), labelled=False)
+    for reason, count in left_out.items():
+        print(f"{count} row(s) of the catalogue left out: {reason}")
+    classifier, checkpoint = load_checkpoint(args.checkpoint, choose_device(args.device))
+    index, kinds = FileIndex(args.data_dir), INPUTS[classifier.recipe.modality]
+    files = {star: find_files(index, star) for star in stars}
+    if not any(all(paths[kind] for kind in kinds) for paths in files.values()):
+        raise DataError(
+            f"{args.data_dir}: none of its {len(stars)} stars has the files that this network reads, of "
+            f"{' and '.join(kinds)}; python download_sdss_data.py --data-dir {args.data_dir} fetches them"
+        )
+    with claim_folder(args.output) as folder:
+        parts, missing = plan_parts(folder, files, checkpoint)
+        if len(missing) < len(parts):
+            print(f"{folder}: {len(parts) - len(missing)} of {len(parts)} parts of an interrupted run are kept")
+        chunks = {part: stars[k * CHUNK : (k + 1) * CHUNK] for k, part in enumerate(parts)}
+        own = {part: chunks[part] for part in missing[distributed.rank() :: distributed.world_size()]}
+        classify_chunks(own, files, classifier, checkpoint["references"], args.num_workers)
+        if distributed.rank() > 0:
+            return
+        while not all(part.exists() for part in parts):  # other processes are still at work
+            time.sleep(0.5)
+        join(parts, args.output)
+    report(args.output, stars)
+    known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
+    if familiar := count_known(stars, known):
+        print(f"  note: {familiar} of them were used for training or checkpoint selection: optimistic")
+
+
+# The parts of the table: a file for each chunk of stars. So memory stays flat, several processes can work on one table,
+# and an interrupted run can go on.
+
+
+@contextlib.contextmanager
+def claim_folder(output: Path) -> Iterator[Path]:
+    """Yield the hidden folder of the table's parts, which is deleted when the block succeeds.
+
+    Raises OSError where nothing can be written, DataError where another run is writing the same table.
+    """
+    folder = output.with_name(f".{output.name}.partial")
+    if distributed.rank() > 0:
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        if path := data.find_spectrum(data_dir, star):
-            observed = data.read_spectrum(path, star)  # also unwanted: it tells whether the star is simulated
-            star = star._replace(simulated=star.simulated or observed.simulated)
-            if "spectrum" in kinds:
-                prepared["spectrum"] = torch.from_numpy(data.prepare_spectrum(observed))
-        else:
-            problems["spectrum"] = "no spectrum"
-    except DataError as error:
-        problems["spectrum"] = str(error)
-    try:
-        if "image" in kinds and (path := data.find_cutout(data_dir, star)):
-            pixels, simulated = data.read_cutout(path)
-            star = star._replace(simulated=star.simulated or simulated)
-            prepared["image"] = torch.from_numpy(data.prepare_cutout(pixels))
-        else:
-            problems["image"] = "no image"
-    except DataError as error:
-        problems["image"] = str(error)
-    return StarFiles(star, observed, pixels, prepared, [problems[kind] for kind in kinds if kind in problems])
+        with file_lock(folder / "lock", timeout=0):
+            yield folder
+    except Timeout:
+        raise DataError(f"{output}: another predict.py is writing it") from None
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-@torch.inference_mode()
-def class_logits(model: FusionModel, inputs: dict[str, Tensor]) -> Tensor:
-    """(B, 5) float64 on the CPU, from "spectrum" (B, 3522) and "image" (B, 3, 128, 128), or one of them."""
-    device = model.cls_token.device
-    specs, imgs = (inputs[kind].to(device) if kind in inputs else None for kind in ("spectrum", "image"))
-    _, fuse_logits = model(specs, imgs)
-    return fuse_logits.double().cpu()
+def plan_parts(folder: Path, files: dict[Star, Paths], checkpoint: dict[str, Any]) -> tuple[list[Path], list[Path]]:
+    """The paths of all parts, and those that are not there yet; as the first process sees it.
+
+    Parts of an interrupted run are there if it had the same checkpoint, stars, files and code.
+    """
+    plan = None
+    if distributed.rank() == 0:
+        run = fingerprint(files), list(files), checkpoint["config"].get("training_id"), checkpoint["epoch"]
+        own_folder = folder / hashlib.sha256(repr(run).encode()).hexdigest()
+        parts = [own_folder / f"{start}.csv" for start in range(0, len(files), CHUNK)]
+        plan = parts, [part for part in parts if not part.exists()]
+    return distributed.gather_objects(plan)[0]
 
 
-def classify(model: FusionModel, references: dict[str, dict[str, Tensor]], files: list[StarFiles]) -> list[dict]:
-    """The output's row of each star; `references`: of outliers.py, by input."""
-    chosen = [choose_inputs(model, set(entry.prepared)) for entry in files]
-    rows = [
-        {column: getattr(entry.star, column) for column in ("name", "plate", "mjd", "fiberID", "simulated")}
-        | {"catalog_subclass": entry.star.subclass, "inputs": "+".join(kinds), "problem": "; ".join(entry.problems)}
-        for entry, kinds in zip(files, chosen, strict=True)
-    ]
-    for kinds in set(chosen) - {()}:  # the stars of one batch have the same inputs
-        members = [i for i, own in enumerate(chosen) if own == kinds]
-        inputs = {kind: torch.stack([files[i].prepared[kind] for i in members]) for kind in kinds}
-        probabilities = class_logits(model, inputs).softmax(dim=1).numpy()
-        subclass = np.arange(len(CLASS_NAMES))
-        mean = probabilities @ subclass
-        std = np.sqrt((probabilities * (subclass - mean[:, None]) ** 2).sum(axis=1))
-        # An odd image makes a star odd, whatever its spectrum, and the reverse: the larger of the two counts.
-        unlike = [outliers.unlikeness(kind, inputs[kind], references[kind]) for kind in kinds if kind in references]
-        unlikeness = torch.stack(unlike).amax(dim=0).tolist() if unlike else []
-        for j, i in enumerate(members):
-            by_class = zip(CLASS_NAMES, probabilities[j].tolist(), strict=True)
-            rows[i]["predicted_subclass"] = CLASS_NAMES[probabilities[j].argmax()]
-            rows[i] |= {f"p_{name}": round(probability, 5) for name, probability in by_class}
-            rows[i] |= {"expected_subclass": round(mean[j], 3), "expected_subclass_std": round(std[j], 3)}
-            if unlikeness:
-                rows[i] |= {"unlikeness": round(unlikeness[j], 3), "unlike_training": unlikeness[j] > 1}
-    return rows
+def classify_chunks(
+    chunks: dict[Path, list[Star]],
+    files: dict[Star, Paths],
+    classifier: Classifier,
+    references: References,
+    num_workers: int,
+) -> None:
+    """Write each chunk of stars to its part. While the device works on one, worker processes decode the next."""
+    kinds, total = INPUTS[classifier.recipe.modality], sum(map(len, chunks.values()))
+    with (
+        parallel_map(num_workers if total > FEW_STARS else 1) as map_stars,
+        progress(desc="classifying", unit="star", total=total) as bar,
+    ):
+
+        def read(chunk: list[Star]) -> list[StarInputs]:
+            return list(map_stars(partial(read_star, kinds), chunk, [files[star] for star in chunk]))
+
+        for part, inputs in zip(chunks, prefetch(read, chunks.values()), strict=True):
+            rows = classify(classifier, references, inputs)
+            with write_atomically(part) as temporary, open_table(temporary, "w") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
+            bar.update(len(inputs))
 
 
-def report(rows: list[dict], stars: list[Star], output: Path) -> None:
-    """Print how many stars are of which subclass, how many are odd, and which could not be classified and why."""
-    classified = [row for row in rows if row["inputs"]]
-    print(f"{output}: {data.describe(stars)}, {len(classified)} of them classified")
-    by_subclass = Counter(row["predicted_subclass"] for row in classified)
-    print("  " + ", ".join(f"{name} {by_subclass[name]}" for name in CLASS_NAMES))
-    if odd := [row["name"] for row in classified if row.get("unlike_training")]:
-        print(f"  unlike the training stars: {len(odd)} ({', '.join(odd[:5])}{', …' * (len(odd) > 5)})")
-    if "unlikeness" not in classified[0]:
-        print("  unlikeness is empty: this checkpoint does not know its training stars; train.py writes those that do")
-    problems = Counter(row["problem"] for row in rows if not row["inputs"])
+def open_table(path: Path, mode: str) -> Any:
+    # A path that is not UTF-8 has lone surrogates.
+    return open(path, mode, newline="", encoding="utf-8", errors="backslashreplace")
+
+
+def join(parts: list[Path], output: Path) -> None:
+    with write_atomically(output) as temporary, open(temporary, "wb") as table:
+        table.write(f"{','.join(COLUMNS)}\n".encode())
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, table)
+
+
+def report(output: Path, stars: list[Star]) -> None:
+    """Print how many stars are of which subclass, how many are outliers, and which have no prediction and why."""
+    seen, outliers = [], []
+    subclasses: Counter[str] = Counter()
+    problems: Counter[str] = Counter()
+    with open_table(output, "r") as file:
+        for star, row in zip(stars, csv.DictReader(file), strict=True):
+            seen.append(star._replace(simulated=row["simulated"] == "True"))
+            subclasses[row["predicted_subclass"]] += 1
+            problems[row["problem"]] += 1
+            if row["is_outlier"] == "True":
+                outliers.append(star.name)
+    print(f"{output}: {describe(seen)}, {problems.pop('', 0)} of them classified")
+    print("  " + ", ".join(f"{name} {subclasses[name]}" for name in CLASS_NAMES))
+    if outliers:
+        print(f"  outliers: {len(outliers)} ({', '.join(outliers[:5])}{', ...' * (len(outliers) > 5)})")
     for problem, count in problems.most_common(10):
         print(f"  not classified: {count} ({problem})")
     if len(problems) > 10:
         print(f"  and for {len(problems) - 10} other reasons, in the column problem")
 
 
-def classify_catalog(args: argparse.Namespace) -> None:
-    data.refuse_foreign_file(args.output, ",".join(COLUMNS))
-    stars, left_out = data.read_catalog(data.catalog_path(args.data_dir), labelled=False)
-    for reason, count in left_out.items():
-        print(f"{count} row(s) of the catalogue left out: {reason}")
-    model, checkpoint = load_checkpoint(args.checkpoint, choose_device(args.device))
-    kinds = choose_inputs(model, {"spectrum", "image"})
-
-    rows, seen = [], []
-    with data.progress(total=len(stars), desc="classifying", unit="star") as progress:
-        for start in range(0, len(stars), BATCH_SIZE):  # batch by batch: a survey does not fit into memory
-            batch = [read_files(args.data_dir, star, kinds) for star in stars[start : start + BATCH_SIZE]]
-            rows += classify(model, checkpoint.get("references", {}), batch)
-            seen += [entry.star for entry in batch]
-            progress.update(len(batch))
-    classified = [row for row in rows if row["inputs"]]
-    if not classified:
-        raise DataError(
-            f"{args.data_dir}: none of its {len(rows)} stars can be classified: this network reads "
-            f"{' and '.join(kinds)} ({rows[0]['name']}: {rows[0]['problem']})"
-        )
-    with data.write_atomically(args.output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-    report(rows, seen, args.output)
-    known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
-    if familiar := data.count_known(stars, known):
-        print(f"  note: the network was trained on, or chosen by, {familiar} of them: it knows these too well")
-    if args.least_certain:
-        uncertain = sorted(classified, key=lambda row: row[f"p_{row['predicted_subclass']}"])[: args.least_certain]
-        names = [row["name"] for row in uncertain]
-        options = ["--data-dir", str(args.data_dir), "--checkpoint", str(args.checkpoint)]
-        print("See the least certain:\n" + shlex.join(["python", "show_star.py", *names, *options]))
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    with data.quietly(args.quiet):
-        classify_catalog(args)
-
-
 if __name__ == "__main__":
-    data.run_as_script(main)
+    run_as_script(lambda: main(ARGUMENTS))

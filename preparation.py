@@ -29,9 +29,9 @@ WAVELENGTH = 10 ** ((FIRST_PIXEL + np.arange(SPECTRUM_LENGTH)) / PIXELS_PER_DEX)
 MIN_GOOD_FRACTION = 0.5  # a spectrum with fewer good pixels in the window is not used
 
 # Cosmic rays and failed sky subtraction that ivar does not mark: a pixel is rejected if it departs from the median of
-# its neighbours by more than both. Noise alone stays within the first, an M star's bands and lines within the second.
+# its neighbours by more than both. Noise alone stays within the first, an M star's lines within the second.
 OUTLIER_SIGMA = 5.0
-OUTLIER_FLUX = 1.0  # of the spectrum's median
+OUTLIER_FLUX = 2.0  # of the neighbours' median or, where that is less, of the spectrum's; Hα of 7 Å stays within it
 OUTLIER_WINDOW = 15  # pixels
 
 # A pixel's weight in the mean spectrum is 1 / (its variance + INTRINSIC_SCATTER²), so that no bright star decides alone.
@@ -65,8 +65,9 @@ def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:
     if not median > 0:
         raise DataError(f"{spectrum.path}: its median flux is {median:.3g}: there is no star in this spectrum")
     flux, ivar = flux / median, ivar * median**2
-    departure = np.abs(flux - median_filter(flux, OUTLIER_WINDOW, mode="nearest"))
-    kept = departure <= np.maximum(OUTLIER_SIGMA / np.sqrt(ivar), OUTLIER_FLUX)
+    neighbours = median_filter(flux, OUTLIER_WINDOW, mode="nearest")
+    largest = np.maximum(OUTLIER_SIGMA / np.sqrt(ivar), OUTLIER_FLUX * np.maximum(neighbours, 1))
+    kept = np.abs(flux - neighbours) <= largest
     prepared = np.zeros((2, SPECTRUM_LENGTH), np.float32)
     prepared[0] = np.interp(np.arange(SPECTRUM_LENGTH), index[kept], flux[kept])
     prepared[1, index[kept]] = ivar[kept]
@@ -114,6 +115,7 @@ class Standardisation(nn.Module):
         self.register_buffer("mean", torch.zeros(SPECTRUM_LENGTH))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("eigenspectra", torch.zeros(SPECTRUM_LENGTH, recipe.num_eigenspectra))
+        self.register_buffer("amplification", torch.ones(recipe.num_eigenspectra))
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
 
@@ -135,6 +137,10 @@ class Standardisation(nn.Module):
             components = torch.linalg.svd(star_weights * deviations, full_matrices=False).Vh
             components = components[: min(self.recipe.num_eigenspectra, len(flux) - 1)]
             self.eigenspectra.zero_()[:, : len(components)] = components.T
+            if self.recipe.whiten:
+                share = star_weights**2 / (star_weights**2).sum()
+                spread = (share * (deviations @ self.eigenspectra) ** 2).sum(dim=0).sqrt()
+                self.amplification.copy_(self.scale * math.sqrt(SPECTRUM_LENGTH / self.recipe.num_eigenspectra) / spread)
 
     def filter(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
         """Flux and inverse variance (B, 3522), smoothed and without continuum as the recipe says."""
@@ -154,7 +160,7 @@ class Standardisation(nn.Module):
                 signal = self.recipe.shrinkage**2 * ivar
                 specs = specs * signal / (1 + signal)
             if self.recipe.num_eigenspectra:
-                specs = specs @ self.eigenspectra @ self.eigenspectra.T
+                specs = specs @ self.eigenspectra * self.amplification @ self.eigenspectra.T
         if images is not None:
             imgs = (images - self.image_mean) / self.image_std
             imgs = imgs.contiguous(memory_format=torch.channels_last)

@@ -56,10 +56,13 @@ class Recipe:
     shrinkage: float = _choice(0.0, number_between(float, 0, 10), "intrinsic scatter that noise is weighed against")
     num_eigenspectra: int = _choice(0, number_between(int, 0, 3522), "spectra are projected on so many; 0: they are not")
 
+    whiten: int = _choice(0, (0, 1), "coefficients of eigenspectra are scaled to unit variance")
+
     # Augmentation: none.
     mixup: float = _choice(0.0, _fraction, "highest weight of another star, of the same or an adjacent class")
     spectrum_shift: int = _choice(0, number_between(int, 0, 100), "largest shift of a spectrum, in pixels of 69 km/s")
     spectrum_noise: float = _choice(0.0, number_between(float, 0, 10), "most noise added, relative to the star's own")
+    spectrum_tilt: float = _choice(0.0, number_between(float, 0, 1), "deviation of a random error of flux calibration")
     rotate_and_flip: int = _choice(0, (0, 1), "images are rotated by quarter turns and mirrored")
     image_dropout: float = _choice(0.0, _fraction, "fraction of the stars whose image is hidden in a step")
 

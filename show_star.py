@@ -1,50 +1,26 @@
-"""Draw stars: spectrum, image, what the network gets of them and, with a checkpoint, what it makes of them.
+"""Draw stars: spectrum, image and, with a checkpoint, the network's input, its answer and the reasons for it.
 
     python show_star.py --data-dir DIR                               a few stars of each class: is my data read right?
     python show_star.py NAME NAME --data-dir DIR                     a page for each, plots/star_PLATE-MJD-FIBERID.png
     python show_star.py NAME --data-dir DIR --checkpoint CHECKPOINT  and its probabilities, and which bands decided
 
-NAME is the star's in objects.csv, or plate-mjd-fiberID. Which bands decided is tried out: a piece of the spectrum
-is replaced by the mean spectrum of the training stars, and the log odds of the predicted subclass are taken
-again; what they lose, that piece had contributed (less than nothing: it spoke against). In an M star one expects
-the bands of TiO.
+NAME is the star's in objects.csv, or plate-mjd-fiberID. Which bands decided is tried out: a piece of the spectrum is
+replaced by the mean spectrum of the training stars. What the log odds of the predicted subclass lose, that piece had
+contributed; if they gain, it spoke against. In an M star one expects the bands of TiO.
 
 Wavelengths (Å, air): band heads of TiO, Kirkpatrick et al. 1991 (ApJS 77, 417) and Valenti et al. 1998 (ApJ 498,
-851); CaH, the indices CaH1–CaH3 of Reid, Hawley & Gizis 1995 (AJ 110, 1838); lines, NIST Atomic Spectra Database.
+851); CaH, the indices CaH1 to CaH3 of Reid, Hawley & Gizis 1995 (AJ 110, 1838); lines, NIST Atomic Spectra Database.
 SkyServer's cutouts have north up and east left (https://skyserver.sdss.org/dr16/en/tools/chart/chartinfo.aspx).
 """
 
 import argparse
-import itertools
-import textwrap
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-import data
-from data import CLASS_NAMES, CUTOUT_SCALE, DataError, Star
-from model import FusionModel, flatten_spectra, load_checkpoint, project
-from predict import StarFiles, class_logits, classify, read_files
-from simulate_sdss_data import air_to_vacuum
-
-TIO_LENGTH = 80  # Å shown of a band of TiO, which fades to the red of its head
-FEATURES = (  # Å, air
-    *(("TiO", head, head + TIO_LENGTH) for head in (4954, 5167, 5448, 5847, 6158, 6651, 7053)),
-    *(("CaH", first, last) for first, last in ((6380, 6390), (6814, 6846), (6960, 6990))),
-    *(("Na", first, last) for first, last in ((5889.95, 5895.92), (8183.26, 8194.82))),
-    ("Hα", 6562.8, 6562.8),
-)
-COLOURS = {"TiO": "tab:red", "CaH": "tab:blue", "Na": "tab:orange", "Hα": "tab:purple"}
-WAVELENGTH = 10 ** ((data.FIRST_PIXEL + np.arange(data.SPECTRUM_LENGTH)) / data.PIXELS_PER_DEX)  # Å, vacuum
-SHEET_STARS = 3  # of each class
-WINDOW, STEP = 110, 55  # pixels replaced at once: 1/32 of the spectrum, as a token is; and from one to the next
+from cli import ScriptParser
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = data.ScriptParser(__doc__)
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="the stars to draw; none: a sheet with stars of each class")
     add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, spectra/ and images/")
@@ -58,30 +34,115 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before torch is imported: --help and mistakes are answered at once
+
+import contextlib
+import itertools
+import re
+import textwrap
+import unicodedata
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cache import INPUTS
+from catalog import CLASS_NAMES, Star, describe, read_catalog
+from checkpoint import load_checkpoint
+from classifier import Classifier
+from cli import DataError, quietly, refuse_foreign_file, run_as_script
+from dataset import Batch
+from mdwarf import air_to_vacuum
+from outliers import References
+from plots import Axes, new_figure
+from prediction import StarInputs, classify, find_files, make_batch, read_star
+from preparation import SPECTRUM_LENGTH, WAVELENGTH
+from sdss_files import CUTOUT_SCALE, IMAGE_SIZE, Cutout, Spectrum, read_cutout, read_spectrum
+from star_files import FileIndex, catalog_path
+
+TIO_LENGTH = 80  # Å shown of a band of TiO, which fades to the red of its head
+FEATURES = (  # Å, air
+    *(("TiO", head, head + TIO_LENGTH) for head in (4954, 5167, 5448, 5847, 6158, 6651, 7053)),
+    *(("CaH", first, last) for first, last in ((6380, 6390), (6814, 6846), (6960, 6990))),
+    *(("Na", first, last) for first, last in ((5889.95, 5895.92), (8183.26, 8194.82))),
+    ("Hα", 6562.8, 6562.8),
+)
+COLOURS = {"TiO": "tab:red", "CaH": "tab:blue", "Na": "tab:orange", "Hα": "tab:purple"}
+SHEET_STARS = 3  # of each class
+WINDOW, STEP = 110, 55  # pixels replaced at once: 1/32 of the spectrum, as a token is; and from one to the next
+SOFTWARE = Path(__file__).name  # the mark of this script's pictures
+
+
+class Page(NamedTuple):
+    """Everything that a star's page shows."""
+
+    inputs: StarInputs
+    spectrum: Spectrum | None  # as in the file
+    cutout: Cutout | None
+    classifier: Classifier | None
+    row: dict[str, Any]  # of the table of predictions; {} without classifier
+
+
+def main(args: argparse.Namespace) -> None:
+    with quietly(args.quiet):
+        catalog, index = catalog_path(args.data_dir), FileIndex(args.data_dir)
+        stars, _ = read_catalog(catalog, labelled=False)
+        chosen = find_stars(args.names, stars, catalog)
+        paths = [args.output_dir / f"star_{star.spectrum_id}.png" for star in chosen] or [args.output_dir / "stars.png"]
+        for path in paths:
+            refuse_foreign_file(path, SOFTWARE)
+        if not chosen:
+            draw_sheet(paths[0], choose_sheet_stars(stars, index, args.data_dir), len(stars))
+            print(paths[0])
+        classifier, checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else (None, {})
+        for star, path in zip(chosen, paths, strict=False):
+            draw_page(path, read_page(star, index, classifier, checkpoint.get("references", {})))
+            print(path)
+
+
 def find_stars(names: list[str], stars: list[Star], catalog: Path) -> list[Star]:
-    """The rows of these names or plate-mjd-fiberIDs, each once; a star observed twice has two of one name."""
-    for name in set(names) - {label for star in stars for label in (star.name, star.spectrum_id)}:
-        raise DataError(f"{catalog}: no star {name}; the first of its {len(stars)} is {stars[0].name}")
-    return [star for star in stars if star.name in names or star.spectrum_id in names]
+    """The rows of these names or plate-mjd-fiberIDs, each once; one name can have two rows."""
+    wanted: set[str] = set()
+    for name in names:
+        labels = {unicodedata.normalize("NFC", name)}
+        if match := re.fullmatch(r"(\d+)-(\d+)-(\d+)", name, re.ASCII):  # with leading zeros or without
+            labels.add(Star(name, "", *map(int, match.groups())).spectrum_id)
+        if not any(labels & {star.name, star.spectrum_id} for star in stars):
+            raise DataError(f"{catalog}: no star {name}; the first of its {len(stars)} is {stars[0].name}")
+        wanted |= labels
+    return [star for star in stars if wanted & {star.name, star.spectrum_id}]
 
 
-# The parts of a page
+def read_page(star: Star, index: FileIndex, classifier: Classifier | None, references: References) -> Page:
+    """Raises DataError where there is nothing to draw."""
+    paths = find_files(index, star)
+    inputs = read_star(INPUTS[classifier.recipe.modality if classifier else "fusion"], star, paths)
+    spectrum = cutout = None
+    with contextlib.suppress(DataError):  # damaged: the page shows the rest
+        spectrum = paths["spectra"] and read_spectrum(paths["spectra"], star)
+    with contextlib.suppress(DataError):
+        cutout = paths["images"] and read_cutout(paths["images"])
+    if spectrum is None and cutout is None:
+        raise DataError(f"{star.name}: {inputs.problem}")
+    row = classify(classifier, references, [inputs])[0] if classifier else {}
+    return Page(inputs, spectrum, cutout, classifier, row)
 
 
 def mark_features(axes: Axes, labels: bool = False) -> None:
     """Shade the features behind the curve, and name them above it."""
     for species, first, last in FEATURES:
         ends = air_to_vacuum(np.array([first, last]))
-        axes.axvspan(ends[0] - 5, ends[1] + 5, color=COLOURS[species], alpha=0.25, linewidth=0)
+        axes.axvspan(ends[0] - 5, ends[1] + 5, color=COLOURS[species], alpha=0.25, linewidth=0, zorder=0)
         if labels:
             height = 1.01 if species == "TiO" else 1.09  # the Na line lies in a band of TiO
             axes.text(ends.mean(), height, species, color=COLOURS[species], fontsize=8, ha="center",
                       transform=axes.get_xaxis_transform())  # fmt: skip
 
 
-def draw_observed(axes: Axes, entry: StarFiles) -> None:
+def draw_spectrum(axes: Axes, page: Page) -> None:
     """The spectrum as it is in the file, its noise, and its bad pixels."""
-    wavelength, flux, ivar = 10**entry.observed.loglam, entry.observed.flux, entry.observed.ivar
+    wavelength, flux, ivar = 10**page.spectrum.loglam, page.spectrum.flux, page.spectrum.ivar
     good = np.isfinite(flux) & (ivar > 0)
     axes.plot(wavelength, np.where(good, flux, np.nan), color="black", linewidth=0.5, label="flux")
     noise = np.where(good, 1 / np.sqrt(np.where(good, ivar, 1)), np.nan)
@@ -92,39 +153,38 @@ def draw_observed(axes: Axes, entry: StarFiles) -> None:
     axes.axvspan(0, WAVELENGTH[0], color="lightgray", zorder=0, label="not used")
     title = "no good pixel"
     if good.any():
-        low, high = np.percentile(flux[good], [0.5, 99.5])  # a cosmic ray does not set the scale
-        axes.set_ylim(min(0, low) - 0.03 * (high - low), high + 0.25 * (high - low))
+        set_limits(axes, flux[good])
         title = f"median S/N {np.median(flux[good] * np.sqrt(ivar[good])):.1f} a pixel"
     axes.set_ylabel("flux (10⁻¹⁷ erg s⁻¹ cm⁻² Å⁻¹)")
     axes.legend(loc="upper left", fontsize=8, ncols=4, title=title, title_fontsize=8)
 
 
-def draw_prepared(axes: Axes, entry: StarFiles, model: FusionModel | None) -> None:
-    """The spectrum as any network gets it or, with one that reads spectra, flattened and smoothed as that one does it,
-    what it sees of that, and the mean that it subtracts."""
-    if model is None or model.spec_encoder is None:
-        axes.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.5, label="what the network gets")
-        axes.set_ylabel("flux / median")
-    else:
-        spectrum, normalisation = entry.prepared["spectrum"][None], model.spectrum_normalisation
-        flat, mean = flatten_spectra(spectrum, normalisation.continuum_basis)[0], normalisation.mean
-        seen = mean + normalisation.std * normalisation(spectrum)[0][0]
-        less_continuum = ", less its continuum" if normalisation.continuum_basis.shape[1] > 0 else ""
-        axes.plot(WAVELENGTH, flat, color="0.6", linewidth=0.5, label="the spectrum")
-        axes.plot(WAVELENGTH, seen, color="black", linewidth=1.0, label="what the network sees of it")
-        axes.plot(WAVELENGTH, mean, color="tab:cyan", linewidth=1.0, label="the mean of the training stars")
-        axes.set_ylabel(f"flux / median{less_continuum}, smoothed")
-    axes.legend(loc="upper left", fontsize=8)
+def set_limits(axes: Axes, curve: np.ndarray) -> None:
+    """Scale the axes to the curve without its few highest and lowest pixels: a cosmic ray sets no scale."""
+    low, high = np.percentile(curve, [0.5, 99.5])
+    axes.set_ylim(min(0, low) - 0.1 * (high - low), high + 0.25 * (high - low))
 
 
-def draw_cutout(axes: Axes, entry: StarFiles) -> None:
-    """The image with a bar of 5″ and, on the sky, north and east; its scale is not in the file."""
-    size = len(entry.pixels)
-    bar = 5 / CUTOUT_SCALE / size  # of the width
-    axes.imshow(entry.pixels)
+@torch.inference_mode()
+def draw_input(axes: Axes, page: Page) -> None:
+    """The spectrum as the classifier's network gets it; without one, as any does before standardisation."""
+    curve, label = page.inputs.arrays["spectra"][0], "flux / median"
+    if page.classifier:
+        curve = page.classifier.standardise(make_batch(page.classifier, [page.inputs]).spectra, None)[0][0].numpy()
+        label = "the network's input: flux / median,\nless the training stars' mean, scaled"
+    axes.plot(WAVELENGTH, curve, color="black", linewidth=0.5)
+    axes.axhline(0, color="gray", linewidth=0.5)
+    set_limits(axes, curve)
+    axes.set_ylabel(label)
+
+
+def draw_cutout(axes: Axes, pixels: np.ndarray, simulated: bool) -> None:
+    """The image (128, 128, 3) with a bar of 5″ (its scale is not in the file) and, on the sky, north and east."""
+    bar = 5 / CUTOUT_SCALE / IMAGE_SIZE  # of the width
+    axes.imshow(pixels)
     axes.plot([0.06, 0.06 + bar], [0.06, 0.06], color="white", linewidth=2, transform=axes.transAxes)
     axes.text(0.06 + bar / 2, 0.08, "5″", color="white", ha="center", transform=axes.transAxes)
-    if not entry.star.simulated:
+    if not simulated:
         for text, end in (("N", (0.92, 0.26)), ("E", (0.74, 0.08))):
             arrow = {"arrowstyle": "->", "color": "white"}
             axes.annotate("", end, (0.92, 0.08), "axes fraction", arrowprops=arrow)
@@ -132,151 +192,108 @@ def draw_cutout(axes: Axes, entry: StarFiles) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def draw_probabilities(axes: Axes, row: dict, label: str) -> None:
-    probabilities = [row[f"p_{name}"] for name in CLASS_NAMES]
+def draw_probabilities(axes: Axes, row: dict[str, Any]) -> None:
+    label = row["catalog_subclass"]
     colours = ["tab:green" if name == label else "gray" for name in CLASS_NAMES]
-    bars = axes.bar(CLASS_NAMES, probabilities, color=colours)
-    axes.bar_label(bars, [f"{p:.2f}" for p in probabilities], fontsize=8)
-    title = f"expected subclass {row['expected_subclass']:.2f} ± {row['expected_subclass_std']:.2f}"
-    if "unlikeness" in row:
-        title += f"\nunlikeness {row['unlikeness']:.2f}" + "\nNOT LIKE THE TRAINING STARS" * row["unlike_training"]
+    bars = axes.bar(CLASS_NAMES, [row[f"p_{name}"] for name in CLASS_NAMES], color=colours)
+    axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    title = f"expected subclass {row['expected_subclass']:.2f} ± {row['expected_subclass_std']:.2f}\n"
+    title += f"outlier score {row['outlier_score']:.2f}" + ": UNLIKE THE TRAINING STARS" * row["is_outlier"]
     axes.set(ylim=(0, 1.1), ylabel="probability" + " (green: catalogue)" * bool(label))
-    axes.set_title(title, fontsize=9, color="tab:red" if row.get("unlike_training") else "black")
+    axes.set_title(title, fontsize=9, color="tab:red" if row["is_outlier"] else "black")
 
 
-def occlusion_map(model: FusionModel, inputs: dict[str, torch.Tensor], predicted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centre of each piece (Å), and what the log odds of the predicted subclass lose without it."""
-
-    def log_odds(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits = class_logits(model, inputs)
-        others = [k for k in range(len(CLASS_NAMES)) if k != predicted]
-        return logits[:, predicted] - logits[:, others].logsumexp(dim=1)
-
-    whole = {kind: values[None] for kind, values in inputs.items()}
-    before = log_odds(whole)
-    spectrum = whole["spectrum"]
-    # this star's continuum, mean bands; the network smooths these once more, which wide bands do not notice, and sees
-    # the eigenspectra's fit to the whole
-    normalisation = model.spectrum_normalisation
-    ordinary = project(spectrum, normalisation.continuum_basis) + normalisation.mean
-    centres, losses = [], []
-    for start in range(0, data.SPECTRUM_LENGTH - WINDOW + 1, STEP):
-        piece = slice(start, start + WINDOW)
-        occluded = spectrum.clone()
-        occluded[:, piece] = ordinary[:, piece]
-        centres.append(WAVELENGTH[piece].mean())
-        losses.append((before - log_odds(whole | {"spectrum": occluded})).item())
-    return np.array(centres), np.array(losses)
+@torch.inference_mode()
+def occlusion_map(classifier: Classifier, star: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Of a batch of one star: the centre of each piece (Å), and what the log odds of its class lose without it."""
+    flux = star.spectra[0, 0]
+    # What a recipe filters out of a spectrum, its continuum, is not replaced.
+    ordinary = classifier.standardise.mean + flux - classifier.standardise.filter(star.spectra)[0][0]
+    pieces = [slice(start, start + WINDOW) for start in range(0, SPECTRUM_LENGTH - WINDOW + 1, STEP)]
+    spectra = star.spectra.repeat(1 + len(pieces), 1, 1)  # the first one stays whole
+    for occluded, piece in zip(spectra[1:, 0], pieces, strict=True):
+        occluded[piece] = ordinary[piece]
+    images = None if star.images is None else star.images.expand(len(spectra), -1, -1, -1)
+    logits = classifier(Batch(spectra, images, star.targets.expand(len(spectra))))[2].double()
+    predicted = logits[0].argmax()
+    others = torch.arange(len(CLASS_NAMES)) != predicted
+    log_odds = logits[:, predicted] - logits[:, others].logsumexp(dim=1)
+    centres = np.array([WAVELENGTH[piece].mean() for piece in pieces])
+    return centres, (log_odds[0] - log_odds[1:]).numpy()
 
 
-def draw_occlusion(axes: Axes, centres: np.ndarray, losses: np.ndarray, predicted: str) -> None:
+def draw_occlusion(axes: Axes, page: Page) -> None:
+    centres, losses = occlusion_map(page.classifier, make_batch(page.classifier, [page.inputs]))
     axes.bar(centres, losses, width=np.gradient(centres), color="tab:green", linewidth=0)
     axes.axhline(0, color="black", linewidth=0.5)
-    axes.set_ylabel(f"log odds of {predicted}\nlost without this piece")
+    axes.set_ylabel(f"log odds of {page.row['predicted_subclass']}\nlost without this piece")
 
 
-# Pages
+def draw_page(path: Path, page: Page) -> None:
+    """A star's page: its files, and what the network makes of them, as much as there is."""
+    classified, has_input = "predicted_subclass" in page.row, "spectra" in page.inputs.arrays
+    spectra = [draw_spectrum] * bool(page.spectrum) + [draw_input] * has_input
+    spectra += [draw_occlusion] * (has_input and classified)
+    with new_figure(path, (15, 0.3 + 3.4 * max(2, len(spectra))), dpi=110, software=SOFTWARE) as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=(3.2, 1))
+        for number, draw in enumerate(spectra):
+            axes = left.add_subplot(len(spectra), 1, number + 1, sharex=left.axes[0] if number else None)
+            draw(axes, page)
+            mark_features(axes, labels=number == 0)
+            axes.tick_params(labelbottom=number == len(spectra) - 1)
+            axes.set_xlim(3750, 9300)
+        if spectra:
+            axes.set_xlabel("vacuum wavelength (Å)")
+        if page.cutout:
+            draw_cutout(right.add_subplot(2, 1, 1), page.cutout.pixels, page.inputs.star.simulated)
+        if classified:
+            draw_probabilities(right.add_subplot(2, 1, 2), page.row)
+        figure.suptitle(page_title(page))
 
 
-def draw_star(entry: StarFiles, model: FusionModel | None, references: dict) -> Figure:
-    """A star's page: of its files, and of what the network makes of them, as much as there is."""
-    star = entry.star
-    row = {} if model is None else classify(model, references, [entry])[0]
-    kinds = row["inputs"].split("+") if row.get("inputs") else []
-    occluded = "spectrum" in kinds
-    figure = Figure(figsize=(15, 10.5 if occluded else 7.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(3.2, 1))
-    axes = left.subplots(3 if occluded else 2, 1, sharex=True)
-    if entry.observed is not None:
-        draw_observed(axes[0], entry)
-        mark_features(axes[0], labels=True)
-    if "spectrum" in entry.prepared:
-        draw_prepared(axes[1], entry, model)
-        mark_features(axes[1])
-    if occluded:
-        inputs = {kind: entry.prepared[kind] for kind in kinds}
-        predicted = row["predicted_subclass"]
-        draw_occlusion(axes[2], *occlusion_map(model, inputs, CLASS_NAMES.index(predicted)), predicted)
-        mark_features(axes[2])
-    axes[-1].set(xlim=(3750, 9300), xlabel="vacuum wavelength (Å)")
-    cutout, verdict = right.subplots(2, 1)
-    if entry.pixels is not None:
-        draw_cutout(cutout, entry)
-        size, scale = len(entry.pixels), CUTOUT_SCALE
-        cutout.set_title(f"{size} × {size} pixels: {size * scale:.1f}″ if at {scale}″ a pixel", fontsize=9)
-    if kinds:
-        draw_probabilities(verdict, row, star.subclass)
-    for panel in (*axes, cutout, verdict):
-        panel.set_visible(panel.has_data())
+def page_title(page: Page) -> str:
+    star, problem = page.inputs.star, page.inputs.problem
     title = [f"{star.name} ({star.spectrum_id})", f"catalogue: {star.subclass or 'no label'}"]
-    if model is not None:
-        title.append(f"network: {row['predicted_subclass']}" if kinds else "network: not classified")
+    if page.classifier:
+        title.append(f"network: {page.row.get('predicted_subclass', 'not classified')}")
     title += ["SIMULATED"] * star.simulated
-    figure.suptitle("\n".join([", ".join(title), *(textwrap.fill(problem, 150) for problem in entry.problems)]))
-    return figure
+    return "\n".join([", ".join(title), *textwrap.wrap(problem, 150)])
 
 
-def draw_sheet(stars: list[Star], data_dir: Path) -> Figure:
-    """For each class, and for stars without one, the first stars whose files can be read."""
-    rows = {}
+def choose_sheet_stars(stars: list[Star], index: FileIndex, data_dir: Path) -> dict[str, list[StarInputs]]:
+    """Of each class, and of stars without one, the first stars that can be used."""
+    chosen = {}
     for subclass in (*CLASS_NAMES, ""):
-        members = (read_files(data_dir, star) for star in stars if star.subclass == subclass)
-        if chosen := list(itertools.islice((entry for entry in members if not entry.problems), SHEET_STARS)):
-            rows[subclass] = chosen
-    if not rows:
-        problems = "; ".join(read_files(data_dir, stars[0]).problems)
-        raise DataError(f"{data_dir}: none of its {len(stars)} stars has a good spectrum and a good image ({problems})")
-
-    figure = Figure(figsize=(19, 2.3 * len(rows) + 0.8), layout="constrained")
-    axes = figure.subplots(len(rows), 2 * SHEET_STARS, squeeze=False, width_ratios=(2.2, 1) * SHEET_STARS)
-    for panel in axes.flat:
-        panel.set_axis_off()
-    for panels, (subclass, entries) in zip(axes, rows.items(), strict=True):
-        for spectrum, cutout, entry in zip(panels[::2], panels[1::2], entries, strict=False):
-            for panel in (spectrum, cutout):
-                panel.set_axis_on()
-            draw_cutout(cutout, entry)
-            spectrum.plot(WAVELENGTH, entry.prepared["spectrum"], color="black", linewidth=0.4)
-            mark_features(spectrum)
-            spectrum.set_ylim(0, 1.15 * np.percentile(entry.prepared["spectrum"], 99.5))  # a cosmic ray sets no scale
-            spectrum.set_title(f"{subclass or 'no label'}: {entry.star.name}", fontsize=9)
-    for panel in axes[-1, ::2]:
-        panel.set_xlabel("vacuum wavelength (Å)")
-    shown = [entry.star for entries in rows.values() for entry in entries]
-    figure.suptitle(f"{data.describe(shown)} of {len(stars)}: flux / median, and the image; "
-                    "shaded: TiO red, CaH blue, Na orange, Hα violet")  # fmt: skip
-    return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    with data.write_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=110, metadata={"Software": Path(__file__).name})
-    print(path)
-
-
-def draw(args: argparse.Namespace) -> None:
-    catalog = data.catalog_path(args.data_dir)
-    stars, _ = data.read_catalog(catalog, labelled=False)
-    chosen = find_stars(args.names, stars, catalog)
-    paths = [args.output_dir / f"star_{star.spectrum_id}.png" for star in chosen] or [args.output_dir / "stars.png"]
-    for path in paths:
-        data.refuse_foreign_file(path, Path(__file__).name)
+        members = (star for star in stars if star.subclass == subclass)
+        read = (read_star(INPUTS["fusion"], star, find_files(index, star)) for star in members)
+        if some := list(itertools.islice((inputs for inputs in read if not inputs.problem), SHEET_STARS)):
+            chosen[subclass] = some
     if not chosen:
-        save(draw_sheet(stars, args.data_dir), paths[0])
-        return
-    model, checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else (None, {})
-    for star, path in zip(chosen, paths, strict=True):
-        entry = read_files(args.data_dir, star)
-        if entry.observed is None and entry.pixels is None:
-            raise DataError(f"{star.name}: {'; '.join(entry.problems)}")
-        save(draw_star(entry, model, checkpoint.get("references", {})), path)
+        problem = read_star(INPUTS["fusion"], stars[0], find_files(index, stars[0])).problem
+        raise DataError(f"{data_dir}: none of its {len(stars)} stars has a good spectrum and a good image ({problem})")
+    return chosen
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    with data.quietly(args.quiet):
-        draw(args)
+def draw_sheet(path: Path, chosen: dict[str, list[StarInputs]], count: int) -> None:
+    """A row of stars for each class; `count`: of the whole catalogue."""
+    with new_figure(path, (19, 2.3 * len(chosen) + 0.8), dpi=110, software=SOFTWARE) as figure:
+        rows = figure.subplots(len(chosen), 2 * SHEET_STARS, squeeze=False, width_ratios=(2.2, 1) * SHEET_STARS)
+        for panels, (subclass, members) in zip(rows, chosen.items(), strict=True):
+            for spectrum, image, inputs in zip(panels[::2], panels[1::2], members, strict=False):
+                draw_cutout(image, inputs.arrays["images"].transpose(1, 2, 0), inputs.star.simulated)
+                flux = inputs.arrays["spectra"][0]
+                spectrum.plot(WAVELENGTH, flux, color="black", linewidth=0.4)
+                set_limits(spectrum, flux)
+                mark_features(spectrum)
+                spectrum.set_title(f"{subclass or 'no label'}: {inputs.star.name}", fontsize=9)
+        for axes in figure.axes:
+            axes.set_visible(axes.has_data())
+        for axes in rows[-1, ::2]:
+            axes.set_xlabel("vacuum wavelength (Å)")
+        shown = [inputs.star for members in chosen.values() for inputs in members]
+        figure.suptitle(f"{describe(shown)} of {count}: flux / median, and the image; "
+                        "shaded: TiO red, CaH blue, Na orange, Hα violet")  # fmt: skip
 
 
 if __name__ == "__main__":
-    data.run_as_script(main)
+    run_as_script(lambda: main(ARGUMENTS))

@@ -3,7 +3,7 @@
     python train.py --demo                                     simulate stars, train on them, in demo/
     python train.py                                            train on ./objects.csv, spectra/, images/
     python train.py --recipe improved                          with the changes that help; see recipe.py
-    python train.py --modality spectrum --num-epochs 30        single choices changed
+    python train.py --modality spectrum --epochs 30            single choices changed
     python train.py --resume auto                              go on after Ctrl-C or a crash
     torchrun --nproc-per-node=4 train.py                       on four GPUs
     python train.py --evaluate checkpoints/best_model_ID.pth   score a checkpoint on its validation stars
@@ -22,7 +22,7 @@ import contextlib
 import itertools
 import math
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ from cache import PreparedStars, read_stars
 from catalog import CLASS_NAMES, Star, count_known, describe
 from checkpoint import load_checkpoint, load_image_weights, save_checkpoint
 from classifier import Classifier
-from cli import DataError, progress, quietly, remove_leftovers, run_as_script, write_atomically
+from cli import DataError, progress, quietly, run_as_script, write_atomically
 from dataset import StarLoader, equal_batches, random_stream, split_stars
 from device import choose_device, choose_precision, describe_device
-from evaluation import Evaluation, evaluate, print_scores
+from evaluation import evaluate, print_scores
 from history import Paths, Training
 from preparation import SPECTRUM_LENGTH
 from recipe import Recipe
@@ -298,9 +298,7 @@ def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths, device: t
     if checkpoint["epoch"] > len(record["epoch_metrics"]["train_loss"]):
         return  # a resumed run, stopped before it was where it had been stopped before: its earlier record stays
     stars = {part: f"{len(loader)} {part} stars of {config['stars']}" for part, loader in loaders.items()}
-    evaluations = {
-        part: evaluate(best, loaders[part], config["batch_size"]) for part in PARTS if len(loaders[part])
-    }
+    evaluations = {part: evaluate(best, loaders[part], config["batch_size"]) for part in PARTS if len(loaders[part])}
     for part, evaluation in evaluations.items():
         key = "val" if part == "validation" else part
         final |= evaluation.final_metrics(key, f"{stars[part]}, {PARTS[part]}")
@@ -363,12 +361,13 @@ def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training | Non
             return args, None
         path = states[-1]
     unfinished = history.load_training(path)
-    now = history.plain_options(args)
-    given = {field.name for field in fields(Recipe)} & args.given
-    differing = [name for name in args.given - {"recipe"} - given if name in now and now[name] != unfinished.options[name]]
-    differing += [name for name in given if now["recipe"][name] != unfinished.options["recipe"][name]]
-    if differing:
-        raise DataError(f"{path}: its run had another --{min(differing).replace('_', '-')}; go on without that option")
+    now, then = (
+        options | options["recipe"] | {"recipe": options["recipe_name"]}
+        for options in (history.plain_options(args), unfinished.options)
+    )
+    compared = args.given.keys() & now.keys() - {"output_dir"}  # the directory may have moved
+    if differing := [args.given[name] for name in compared if now[name] != then[name]]:
+        raise DataError(f"{path}: its run had another {min(differing)}; go on without that option")
     options = unfinished.options | {
         "recipe": Recipe(**unfinished.options["recipe"]),
         "data_dir": Path(unfinished.options["data_dir"]),
@@ -390,7 +389,9 @@ def main(args: argparse.Namespace) -> None:
             print(f"{args.data_dir} is there already: its stars are used as they are; delete it for new ones")
         elif args.demo:
             low, high = DEMO_SNR
-            print(f"simulating {DEMO_STARS_PER_CLASS} stars of each class, of S/N {low} to {high}: brighter than SDSS's")
+            print(
+                f"simulating {DEMO_STARS_PER_CLASS} stars of each class, of S/N {low} to {high}: brighter than SDSS's"
+            )
             simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed, min_snr=low, max_snr=high)
         prepared, not_used = read_stars(args.data_dir, args.recipe.modality, args.num_workers)
         if unfinished and identify(prepared) != unfinished.stars:

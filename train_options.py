@@ -19,15 +19,15 @@ USED_BY = {
 
 
 def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The options; `recipe` is the whole Recipe, `recipe_name` the one that --recipe names, `given` the names of the
-    options that stand on the command line."""
+    """The options; `recipe` is the whole Recipe, `recipe_name` the one that --recipe names, `given` maps the names of
+    those on the command line to the options as written there."""
     parser = make_parser(docstring)
     args = parser.parse_args(argv)
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN)))
-    args.given = {name for name, value in vars(again).items() if value is not NOT_GIVEN}
+    args.given = {name: parser.option(name) for name, value in vars(again).items() if value is not NOT_GIVEN}
     for command, used in USED_BY.items():
-        if command in args.given and (ignored := args.given - used):
-            parser.error(f"--{command} does not use --{sorted(ignored)[0].replace('_', '-')}")
+        if command in args.given and (ignored := args.given.keys() - used):
+            parser.error(f"--{command} does not use {args.given[min(ignored)]}")
     if "split" in args.given and not args.evaluate:
         parser.error("--split chooses the stars of --evaluate")
     if args.demo and args.resume:

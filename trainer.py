@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import distributed
 from augmentation import augment
@@ -34,7 +33,7 @@ class Trainer:
     trained: the classifier to validate and keep: the EMA, or the classifier itself.
     """
 
-    def __init__(self, classifier: Classifier, epochs: int, steps_per_epoch: int, *, compiled: bool = False) -> None:
+    def __init__(self, classifier: Classifier, epochs: int, steps_per_epoch: int) -> None:
         self.recipe = recipe = classifier.recipe
         self.classifier = distributed.synchronise_batch_norms(classifier)
         self.shared = distributed.share_gradients(self.classifier)
@@ -46,9 +45,6 @@ class Trainer:
         self.trained = copy.deepcopy(self.classifier) if recipe.ema_span else self.classifier
         self._average = get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_span * total_steps))
         one_gpu = self.device.type == "cuda" and distributed.world_size() == 1
-        self.halves = HalfWeights(classifier) if one_gpu and classifier.precision == "bf16" and not compiled else None
-        if compiled:
-            compile_blocks(classifier.network)
         self._learn = CapturedStep(self._plain_step) if one_gpu else self._plain_step
 
     def step(self, batch: Batch) -> Tensor:
@@ -66,26 +62,25 @@ class Trainer:
 
     def _plain_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        batch = augment(batch, self.recipe)
-        outputs = self.halves(batch) if self.halves else self.shared(batch)
-        # Of several processes, each takes the loss of the batch of all.
-        features = (None if part is None else distributed.gather_stars(part) for part in outputs)
-        image_features, spectrum_features, fuse_logits = features
-        loss = loss_sic(
-            contrastive_logits(image_features, spectrum_features),
-            fuse_logits,
-            distributed.gather_stars(batch.targets),
-            sic_weight=self.recipe.sic_weight,
-        )
+        loss = self._loss(augment(batch, self.recipe))
         loss.backward()
-        if self.halves:
-            self.halves.collect_gradients()
+        self._update()
+        return loss.detach()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Of several processes, each takes the loss of the batch of all."""
+        gathered = (None if part is None else distributed.gather_stars(part) for part in self.shared(batch))
+        image_features, spectrum_features, fuse_logits = gathered
+        align_logits = contrastive_logits(image_features, spectrum_features)
+        targets = distributed.gather_stars(batch.targets)
+        return loss_sic(align_logits, fuse_logits, targets, sic_weight=self.recipe.sic_weight)
+
+    def _update(self) -> None:
         for parameters in self._clipped_together():
             nn.utils.clip_grad_norm_(parameters, self.recipe.max_gradient_norm)
         self.optimizer.step()
         if self.trained is not self.classifier:
             self._average(list(self.trained.parameters()), list(self.classifier.parameters()), None)
-        return loss.detach()
 
     def _clipped_together(self) -> list[list[nn.Parameter]]:
         network = self.classifier.network
@@ -109,36 +104,6 @@ class Trainer:
             if isinstance(group["lr"], Tensor):  # load_state_dict leaves it where the file was read
                 group["lr"] = group["lr"].to(self.device)
         self.scheduler.load_state_dict(states["scheduler"])
-
-
-class HalfWeights:
-    """A classifier with bfloat16 copies of its weights; AdamW updates the float32 ones.
-
-    Autocast casts each weight and each gradient by a kernel of its own. Here all of them are cast together.
-    """
-
-    def __init__(self, classifier: Classifier) -> None:
-        self.classifier, network = classifier, classifier.network
-        norms = (module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.LayerNorm))
-        kept = {parameter for norm in norms for parameter in norm.parameters()}
-        kept |= {network.cls_token, network.position_embedding, network.token_type_embedding.weight}
-        self.weights = {name: weight for name, weight in classifier.named_parameters() if weight not in kept}
-        self.halves = {name: weight.detach().bfloat16().requires_grad_() for name, weight in self.weights.items()}
-
-    def __call__(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """The classifier's outputs, from the copies of its weights."""
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.halves.values()), list(self.weights.values()))
-        for half in self.halves.values():
-            half.grad = None
-        return torch.func.functional_call(self.classifier, self.halves, (batch,))
-
-    def collect_gradients(self) -> None:
-        """Give the weights the gradients of their copies."""
-        used = [name for name, half in self.halves.items() if half.grad is not None]
-        for name in used:
-            self.weights[name].grad = torch.empty_like(self.weights[name])
-        torch._foreach_copy_([self.weights[name].grad for name in used], [self.halves[name].grad for name in used])
 
 
 class CapturedStep:
@@ -167,14 +132,6 @@ class CapturedStep:
                 own.copy_(part)
         self.graph.replay()
         return self.loss
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """Compile the ResNet's blocks and the Transformer's layers, each kind once."""
-    torch._dynamo.config.recompile_limit = 64  # one kind has as many shapes
-    for module in network.modules():
-        if isinstance(module, BasicBlock | Bottleneck | nn.TransformerEncoderLayer):
-            module.compile(dynamic=False)
 
 
 def make_optimizer(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

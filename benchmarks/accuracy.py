@@ -1,468 +1,275 @@
-"""How well the network and the classical methods classify the same stars.
+"""How well the recipes and the classical methods classify the same held-out stars, over several sets of stars.
 
-    python benchmarks/accuracy.py --data-dir simulated --test-dir others     score on other stars
-    python benchmarks/accuracy.py --data-dir . --test-split 0.2              real stars, a fifth of them held out
-    python benchmarks/accuracy.py --data-dir . --test-split 0.2 --methods "PCA + LDA" "random forest"
-    python benchmarks/accuracy.py --data-dir . --test-split 0.2 --modality spectrum --methods "without added noise"
+    python benchmarks/accuracy.py DIR --templates-dir TEMPLATES --workers 8    the whole protocol: minutes on a GPU
+    python benchmarks/accuracy.py DIR --rows classical --draws 1 --seeds 1     minutes on two cores
+    python benchmarks/accuracy.py DIR --ablate improved                        its differences from paper, one by one
+    python benchmarks/accuracy.py DIR --set modality=spectrum num_layers=2     fields of every network's recipe
 
-Every method gets the same prepared stars and, seed by seed, the same stratified split: it learns from
-the training stars, and is scored on stars that chose nothing: those of --test-dir, or the part that
---test-split holds out. The classical methods tune themselves by 5-fold cross-validation on the
-training stars; the network's validation stars choose its checkpoint. The results of each run are
-written as it ends, as accuracy.json; the same command again does only what is missing there.
-accuracy.md and accuracy.png show the means over the seeds.
+A set is a training directory of 400 stars (320 to train, 80 for checkpoint selection) and a test directory of 1000
+held-out stars; it is made in DIR/stars if it is not there. A run is one row on one draw of a set, with one seed of
+split and training. Its result is added to DIR/results.jsonl as it ends, and the same command again does only the runs
+that are missing. Results of a recipe that has changed since do not count; after other changes of the code, take a new
+DIR.
+
+DIR/accuracy.md and accuracy.png have the weighted F1 by row and set, snr.png that of the networks by S/N. Differences
+between rows are paired: taken run by run, averaged within a set; their standard error is that over the sets.
+
+The sets `kesseli` and `bochanski` are skipped without --templates-dir, which holds the files of mean spectra
+sdss_m_templates.npz and bochanski_m_templates.npz, as template_stars.py describes them.
 """
 
 import argparse
-import contextlib
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
-from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
-import augmentation  # noqa: E402
-import data  # noqa: E402
-import model  # noqa: E402
-import train  # noqa: E402
-from cache import PreparedStars, read_stars  # noqa: E402
-from evaluation import Evaluation  # noqa: E402
-from history import run_paths  # noqa: E402
-from model import (  # noqa: E402
-    IMAGE_BACKBONES,
-    MODALITIES,
-    FusionModel,
-    SpectrumNormalisation,
-    flatten_spectra,
-    load_checkpoint,
-    make_continuum_basis,
-)
+import classical
+from accuracy_report import f1_by_snr, report
+from template_stars import simulate_from_templates
 
+import train
+from cache import INPUTS, PreparedStars, read_stars
+from checkpoint import load_checkpoint
+from cli import DataError, ScriptParser, number_between, quietly, run_as_script
+from dataset import StarLoader, random_stream, split_stars
+from device import choose_device, choose_precision, describe_device
+from evaluation import Evaluation, evaluate
+from history import run_paths
+from recipe import IMPROVED, PAPER, RECIPES, Recipe, add_recipe_options, option_name
+from simulate_sdss_data import simulate
+from train_options import parse_arguments as parse_training_options
+from trainer import Trainer
 
-class WithoutPositions(FusionModel):
-    """The position embeddings are zero, and stay so."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        torch.nn.init.zeros_(self.position_embedding).requires_grad_(False)
-
-
-class WithoutCoefficients(FusionModel):
-    """[CLS] gets nothing of the eigenspectra's coefficients, and never will."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        torch.nn.init.zeros_(self.coefficient_encoder.weight).requires_grad_(False)
-
-
-class ClassifierBehindPooler(torch.nn.Linear):
-    """The classifier (hidden_size, num_classes) behind ViLT's pooler (Linear, tanh), as in the authors' code."""
-
-    def __init__(self, hidden_size: int, num_classes: int) -> None:
-        super().__init__(hidden_size, num_classes)
-        self.pooler = torch.nn.Linear(hidden_size, hidden_size)
-        for linear in (self, self.pooler):
-            torch.nn.init.normal_(linear.weight, std=model.INIT_STD)
-            torch.nn.init.zeros_(linear.bias)
-
-    def forward(self, cls_output: torch.Tensor) -> torch.Tensor:
-        return super().forward(torch.tanh(self.pooler(cls_output)))
-
-
-build_network = FusionModel.__init__
-
-
-def build_with_pooler(self: FusionModel, **arguments: Any) -> None:
-    """In place of FusionModel.__init__, in training and where the checkpoint is read."""
-    build_network(self, **arguments)
-    self.classifier = ClassifierBehindPooler(self.classifier.in_features, self.classifier.out_features)
-
-
-def keep_all_deviations(self: SpectrumNormalisation, specs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of SpectrumNormalisation.forward: spectra are no sums of eigenspectra, and have no coefficients."""
-    with torch.autocast(specs.device.type, enabled=False):
-        deviations = self.deviations(flatten_spectra(specs, self.continuum_basis))
-        return deviations, specs.new_zeros(len(specs), model.NUM_EIGENSPECTRA)
-
-
-def constant_adam(
-    network: FusionModel, learning_rate: float, epochs: int, steps_per_epoch: int
-) -> tuple[Optimizer, LRScheduler]:
-    """In place of train.make_optimizer: no weight decay, warm-up or cosine; clipping and running mean stay."""
-    optimizer = torch.optim.Adam([{"params": group} for group in train.parameter_groups(network)], lr=1e-4)
-    return optimizer, LambdaLR(optimizer, lambda step: 1.0)
-
-
-# Each network is train.py with these options.
+# Sets by name: the median S/N a pixel, log-uniform between two values; None: as bright as the catalogue's stars.
+SETS = {"simulated": (5, 60), "catalogue": None, "kesseli": (5, 60), "bochanski": (5, 60)}
 NETWORKS = {
-    "FusionModel": ["--modality", "fusion"],
-    "spectra only": ["--modality", "spectrum"],
-    "images only": ["--modality", "image"],
-    "without the SIC term": ["--modality", "fusion", "--sic-weight", "0"],
+    "paper": PAPER,
+    "improved": IMPROVED,
+    "improved, spectra only": replace(IMPROVED, modality="spectrum"),
+    "improved, images only": replace(IMPROVED, modality="image"),
+    "improved, without SIC": replace(IMPROVED, sic_weight=0.0),
 }
-# Each ablation leaves one part of the recipe out, or takes the paper's form for it.
-ABLATIONS = {
-    "contrast with other classes only": ["--sic-negatives", "other-classes"],
-    "learning rate 1e-4": ["--learning-rate", "1e-4"],
-    "Adam at a constant 1e-4": patch.object(train, "make_optimizer", constant_adam),
-    "in float32": ["--precision", "fp32"],
-    "without position embeddings": patch.object(train, "FusionModel", WithoutPositions),
-    "with a pooler": patch.object(FusionModel, "__init__", build_with_pooler),
-    "with the continuum": ["--continuum-degree", "-1"],
-    "without smoothing": patch.object(model, "smooth", lambda spectra: spectra),
-    "without eigenspectra": patch.object(SpectrumNormalisation, "forward", keep_all_deviations),
-    "without coefficients in [CLS]": patch.object(train, "FusionModel", WithoutCoefficients),
-    "without image dropout": patch.object(train, "FusionModel", partial(FusionModel, image_dropout=0.0)),
-    "without turned images": patch.object(train, "turn_images", lambda images, symmetries: images),
-    "without blended stars": patch.object(augmentation, "MIN_SHARE", 1.0),
-    "without shifted spectra": patch.object(augmentation, "MAX_SHIFT", 0),
-    "without added noise": patch.object(augmentation, "MAX_EXTRA_NOISE", 0.0),
-    "gradients clipped together": patch.object(train, "parameter_groups", lambda network: [list(network.parameters())]),
-    "residual blocks begin at random": patch.object(model, "RANDOM_RESNET", {}),
-    "without averaged weights": patch.object(train, "AVERAGE_SPAN", 0.0),
-    "attention as in ViLT at the start": patch.multiple(model, ATTENTION_STD=0.02, POSITION_STD=0.02),
-}
-# What is no part of the network of one input, so that leaving it out there leaves out nothing.
-OF_BOTH = {"contrast with other classes only", "without image dropout", "gradients clipped together"}
-OF_IMAGES = {"without turned images", "residual blocks begin at random"}
-OF_SPECTRA = {
-    "with the continuum",
-    "without smoothing",
-    "without shifted spectra",
-    "without added noise",
-    "without eigenspectra",
-    "without coefficients in [CLS]",
-}
-IDLE = {"fusion": set(), "spectrum": OF_BOTH | OF_IMAGES, "image": OF_BOTH | OF_SPECTRA}
-FLATTENED = ", continuum removed, smoothed"  # as the network does it, but for the eigenspectra
-SCORES = {"accuracy": "accuracy", "f1": "weighted F1", "f1_macro": "macro F1", "within_one_subclass": "within ± 1"}
+# Fields of a recipe that a network of one input does not use.
+OF_IMAGES = ("image_backbone", "image_weights", "zero_init_residual", "rotate_and_flip", "image_dropout")
+OF_SPECTRA = ("continuum_degree", "smoothing", "shrinkage", "num_eigenspectra", "spectrum_shift", "spectrum_noise")
+OF_BOTH = ("sic_weight", "clip_encoder_apart")
+UNUSED = {"fusion": (), "spectrum": OF_IMAGES + OF_BOTH, "image": OF_SPECTRA + OF_BOTH}
+VALIDATION_SPLIT = 0.2
 
-# The classical methods
+# row, recipe (None of a classical method), set, draw, seed, per_class; once it is done, its result
+Run = dict[str, Any]
 
 
-class TemplateFit(ClassifierMixin, BaseEstimator):
-    """The class whose mean spectrum fits best: χ² over the pixels, with the amplitude free.
-
-    A pixel's variance is that of the training spectra about the mean of their class; pixels count as if independent.
-    With sample_weight, a spectrum counts for its weight in means and variances.
-    """
-
-    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> "TemplateFit":
-        self.classes_ = np.unique(y)
-        templates, variances = [], []
-        for k in self.classes_:
-            spectra, weights = X[y == k], None if sample_weight is None else sample_weight[y == k]
-            templates.append(np.average(spectra, axis=0, weights=weights))
-            variances.append(np.average((spectra - templates[-1]) ** 2, axis=0, weights=weights))
-        self.templates_, self.variance_ = np.stack(templates), np.mean(variances, axis=0) + 1e-6
-        return self
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        weighted = self.templates_ / self.variance_
-        fit = X @ weighted.T  # (N, classes): what the best amplitude of each template takes off χ²
-        return self.classes_[(fit**2 / (self.templates_ * weighted).sum(axis=1)).argmax(axis=1)]
+# Rows and runs
 
 
-class Eigenspectra(TransformerMixin, BaseEstimator):
-    """Spectra (N, 3522) → (N, NUM_EIGENSPECTRA): the coefficients of those whose sum is what the network sees."""
-
-    def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> "Eigenspectra":
-        self.normalisation_ = SpectrumNormalisation()
-        self.normalisation_.fit(torch.from_numpy(X))
-        return self
-
-    def transform(self, X: np.ndarray) -> np.ndarray:
-        return self.normalisation_(torch.from_numpy(X))[1].numpy()
-
-
-def band_means(spectra: np.ndarray) -> np.ndarray:
-    """(N, 32): the mean flux of 32 equal pieces of the window, as many as the network has spectrum tokens."""
-    return np.stack([piece.mean(axis=1) for piece in np.array_split(spectra, 32, axis=1)], axis=1)
-
-
-def image_colors(images: np.ndarray) -> np.ndarray:
-    """(N, 3) from cutouts (N, 3, 128, 128): the star's red over green, green over blue, and brightness, as logarithms.
-
-    Means over the central 3.2″, above the cutout's median.
-    """
-    background = np.median(images, axis=(2, 3))
-    center = images[:, :, 56:72, 56:72].mean(axis=(2, 3), dtype=np.float64)
-    red, green, blue = np.log(np.clip(center - background, 0.5, None)).T
-    return np.stack([red - green, green - blue, green], axis=1)
-
-
-def spectra_of(stars: PreparedStars) -> np.ndarray:
-    """(N, 3522), in units of the median flux."""
-    return stars.spectra.numpy()
-
-
-def flattened_spectra_of(stars: PreparedStars) -> np.ndarray:
-    """(N, 3522), what the network takes eigenspectra from."""
-    return flatten_spectra(stars.spectra, make_continuum_basis()).numpy()
-
-
-def bands_of(stars: PreparedStars, prepare_spectra: Callable[[PreparedStars], np.ndarray]) -> np.ndarray:
-    """(N, 32)."""
-    return band_means(prepare_spectra(stars))
-
-
-def colors_of(stars: PreparedStars) -> np.ndarray:
-    """(N, 3)."""
-    return image_colors(stars.images.numpy())
-
-
-def bands_and_colors_of(stars: PreparedStars, prepare_spectra: Callable[[PreparedStars], np.ndarray]) -> np.ndarray:
-    """(N, 35)."""
-    return np.hstack([bands_of(stars, prepare_spectra), colors_of(stars)])
-
-
-class ClassicalMethod(NamedTuple):
-    """What a method reads of N stars, and what it fits to that."""
-
-    prepare: Callable[[PreparedStars], np.ndarray]  # stars → (N, features)
-    estimator: GridSearchCV
-    weighted: bool = False  # a training spectrum counts by its inverse variance, from the noise between close pixels
-
-
-def classical_methods(seed: int) -> dict[str, ClassicalMethod]:
-    """By name; those on pixels and bands twice, for spectra as they are and flattened as the network does it."""
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    tuned = partial(GridSearchCV, cv=folds, scoring="f1_weighted", n_jobs=-1)
-    pca, components = PCA(random_state=seed), {"pca__n_components": [10, 15, 20, 30, 40]}
-    pca_svm = tuned(make_pipeline(pca, StandardScaler(), SVC()), components | {"svc__C": [1, 10, 100]})
-    pca_lda = tuned(make_pipeline(pca, LinearDiscriminantAnalysis()), components)
-    lda = tuned(LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), {})
-    forest = tuned(RandomForestClassifier(500, random_state=seed), {"min_samples_leaf": [1, 3]})
-    template_fit = tuned(TemplateFit(), {})
-    eigenspectra_svm = tuned(make_pipeline(Eigenspectra(), SVC()), {"svc__C": [1, 10, 100]})
-    eigenspectra_lda = tuned(make_pipeline(Eigenspectra(), LinearDiscriminantAnalysis()), {})
-    methods = {
-        "random forest on image colours": ClassicalMethod(colors_of, forest),
-        "eigenspectra + SVM": ClassicalMethod(spectra_of, eigenspectra_svm),
-        "eigenspectra + LDA": ClassicalMethod(spectra_of, eigenspectra_lda),
-    }
-    for suffix, prepare in (("", spectra_of), (FLATTENED, flattened_spectra_of)):
-        bands = partial(bands_of, prepare_spectra=prepare)
-        bands_and_colors = partial(bands_and_colors_of, prepare_spectra=prepare)
-        on_spectra = {
-            "PCA + SVM": ClassicalMethod(prepare, pca_svm),
-            "PCA + LDA": ClassicalMethod(prepare, pca_lda),
-            "LDA on 32 band means": ClassicalMethod(bands, lda),
-            "LDA on 32 band means and image colours": ClassicalMethod(bands_and_colors, lda),
-            "random forest": ClassicalMethod(prepare, forest),
-            "χ² fit to class means": ClassicalMethod(prepare, template_fit),
-            "χ² fit to weighted class means": ClassicalMethod(prepare, template_fit, weighted=True),
-        }
-        methods |= {name + suffix: method for name, method in on_spectra.items()}
-    return methods
-
-
-# Running
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = data.ScriptParser(__doc__)
-    add, number = parser.add_argument, data.number_between
-    usual = [*classical_methods(seed=0), *NETWORKS]
-    add("--data-dir", type=Path, default=Path("."), help="holds objects.csv, spectra/ and images/")
-    add("--test-dir", type=Path, help="such a directory of other stars, all of them to score on")
-    add("--test-split", type=number(float, 0, 0.9), default=0.0, help="fraction of --data-dir to score on instead")
-    add("--validation-split", type=number(float, 0.01, 0.9), default=0.2, help="fraction that chooses the checkpoint")
-    add("--seeds", type=number(int, 0, 2**32 - 1), nargs="+", default=[42, 43, 44], help="of split and training")
-    add("--epochs", type=number(int, 1, 10**6), default=20, help="of the networks")
-    add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="of the networks")
-    add("--image-weights", metavar="{imagenet,none,PATH}", default="none", help="of the networks")
-    add("--modality", choices=MODALITIES, default="fusion", help="what the ablations leave one part out of: "
-        "FusionModel or, much quicker, the network of spectra only or of images only")  # fmt: skip
-    add("--methods", nargs="+", choices=[*usual, *ABLATIONS], metavar="NAME", default=usual,
-        help="some of: " + ", ".join([*usual, *ABLATIONS]))  # fmt: skip
-    add("--num-workers", type=number(int, 0, 256), default=2, help="processes that read the stars' files")
-    add("--output-dir", type=Path, default=Path("benchmarks/accuracy"), help="gets accuracy.json, .md and .png")
-    args = parser.parse_args()
-    if (args.test_dir is None) == (args.test_split == 0):
-        parser.error("say which stars to score on: --test-dir DIR or --test-split FRACTION, one of the two")
-    if idle := IDLE[args.modality].intersection(args.methods):
-        parser.error(f"{', '.join(sorted(idle))}: nothing to leave out with --modality {args.modality}")
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
+    add, count = parser.add_argument, number_between(int, 1, 10_000)
+    add("directory", type=Path, metavar="DIR", help="gets the stars, the results, the table and the figures")
+    add("--sets", nargs="+", choices=SETS, default=list(SETS), help="sets of stars")
+    add("--draws", type=count, default=2, help="of each set: other stars of the same kind")
+    add("--seeds", type=count, default=2, help="of split and training, on each draw")
+    add("--rows", nargs="+", metavar="ROW", default=["networks", "classical"], help="networks, classical, or names")
+    add("--ablate", choices=RECIPES.keys() - {"paper"}, help='adds the rows "RECIPE without FIELD" and '
+        '"paper with FIELD" for each field in which it differs from paper')  # fmt: skip
+    add("--set", nargs="+", metavar="FIELD=VALUE", default=[], dest="fields", help="fields of every network's recipe")
+    add("--templates-dir", type=Path, help="holds published mean spectra")
+    add("--per-class", type=count, nargs=2, metavar=("TRAIN", "TEST"), default=[80, 200], help="stars of each class")
+    add("--workers", type=count, default=2, help="runs at once")
+    args = parser.parse_args(argv)
+    args.fields = parse_fields(args.fields)
     return args
 
 
-def select(stars: PreparedStars, indices: np.ndarray) -> PreparedStars:
-    return PreparedStars(
-        [stars.stars[i] for i in indices], stars.spectra[indices], stars.images[indices], stars.targets[indices]
-    )
+def parse_fields(texts: list[str]) -> dict[str, Any]:
+    """Fields of Recipe from FIELD=VALUE, checked as train.py checks its options."""
+    parser = argparse.ArgumentParser(usage="--set FIELD=VALUE ...", add_help=False, allow_abbrev=False)
+    add_recipe_options(parser)
+    parts = (text.partition("=") for text in texts)
+    values = vars(parser.parse_args([f"{option_name(field)}={value}" for field, _, value in parts]))
+    del values["recipe"]
+    return values
 
 
-def run_classical(name: str, seed: int, parts: dict[str, PreparedStars]) -> dict[str, Evaluation]:
-    """Fit on the training stars; predict the other parts."""
-    method, training = classical_methods(seed)[name], parts["train"]
-    weights = {}
-    if method.weighted:
-        weights["sample_weight"] = augmentation.inverse_variances(training.spectra).numpy()[:, 0]
-    estimator = clone(method.estimator).fit(method.prepare(training), training.targets.numpy(), **weights)
-    return {
-        part: Evaluation(float("nan"), parts[part].targets.numpy(), estimator.predict(method.prepare(parts[part])))
-        for part in ("validation", "test")
+def ablations(name: str) -> dict[str, Recipe]:
+    """The recipe without each of its differences from PAPER, and PAPER with each."""
+    recipe, without, with_one = RECIPES[name], {}, {}
+    for field in (field.name for field in fields(Recipe)):
+        value, paper_value = getattr(recipe, field), getattr(PAPER, field)
+        if value != paper_value:
+            without[f"{name} without {field}"] = replace(recipe, **{field: paper_value})
+            with_one[f"paper with {field}"] = replace(PAPER, **{field: value})
+    return without | with_one
+
+
+def choose_rows(args: argparse.Namespace) -> dict[str, Recipe | None]:
+    """The rows by name; None for a classical method. Of networks that --set makes the same, the first stays."""
+    networks: dict[str, Recipe] = {}
+    for name, recipe in (NETWORKS | (ablations(args.ablate) if args.ablate else {})).items():
+        recipe = replace(recipe, **args.fields)
+        recipe = replace(recipe, **{field: getattr(PAPER, field) for field in UNUSED[recipe.modality]})
+        if recipe not in networks.values():
+            networks[name] = recipe
+    others = dict.fromkeys(classical.methods(0, args.templates_dir))
+    groups = {"networks": networks, "classical": others}
+    names = [name for given in args.rows for name in groups.get(given, [given])]
+    if unknown := set(names) - {*networks, *others}:
+        raise DataError(f"--rows: no row {min(unknown)!r}; there are: {', '.join([*groups, *networks, *others])}")
+    return {name: (networks | others)[name] for name in names}
+
+
+def star_directories(run: Run, directory: Path) -> list[Path]:
+    """Of the stars to train on, and of those to score on."""
+    parts = zip(("train", "test"), run["per_class"], strict=True)
+    return [directory / "stars" / f"{run['set']}-{run['draw']}-{part}-{count}" for part, count in parts]
+
+
+def make_stars(run: Run, args: argparse.Namespace) -> None:
+    """Make the run's stars and decode their files, where that is not done."""
+    name, make = run["set"], simulate
+    if name in classical.TEMPLATES:
+        make = partial(simulate_from_templates, templates_path=args.templates_dir / classical.TEMPLATES[name])
+    low, high = SETS[name] or (None, None)
+    for part, path in enumerate(star_directories(run, args.directory)):
+        if not path.exists():
+            seed = random_stream(list(SETS).index(name), run["draw"], part)
+            make(path, per_class=run["per_class"][part], seed=seed, min_snr=low, max_snr=high, num_workers=args.workers)
+        with quietly():
+            read_stars(path, "fusion", args.workers)
+
+
+def perform(run: Run, directory: Path, templates_dir: Path | None) -> Run:
+    """The run with its result."""
+    started = time.perf_counter()
+    paths = star_directories(run, directory)
+    with quietly():
+        training, test = (read_stars(path, "fusion", num_workers=1)[0] for path in paths)
+        if run["recipe"]:
+            evaluation, others = train_network(run, training, test, directory)
+        else:
+            rows = split_stars(training, VALIDATION_SPLIT, 0.0, run["seed"])["train"]
+            training_stars, test_stars = map(classical.observed_stars, paths)
+            method = classical.methods(run["seed"], templates_dir)[run["row"]]
+            evaluation = Evaluation(float("nan"), test_stars.targets, method(training_stars[rows], test_stars))
+            others = {"device": "cpu"}
+    scores = {name: round(value, 4) for name, value in evaluation.scores().items()}
+    seconds = round(time.perf_counter() - started, 1)
+    return run | scores | {"f1_by_snr": f1_by_snr(evaluation, test)} | others | {"seconds": seconds}
+
+
+def train_network(
+    run: Run, training: PreparedStars, test: PreparedStars, directory: Path
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Train as train.py does. Returns how the best checkpoint does, and, beside others, how the last epoch does."""
+    recipe, seed = Recipe(**run["recipe"]), run["seed"]
+    options = parse_training_options(train.__doc__, ["--seed", str(seed)])
+    options.recipe, device = recipe, choose_device(options.device)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    unread = dict.fromkeys({"spectra", "images"} - set(INPUTS[recipe.modality]))
+    training, test = training._replace(**unread), test._replace(**unread)
+    splits = split_stars(training, VALIDATION_SPLIT, 0.0, seed)
+    precision = choose_precision(options.precision, device)
+    classifier = train.make_classifier(recipe, precision, training, splits["train"]).to(device)
+    loaders = {part: StarLoader(training, indices, device) for part, indices in splits.items()}
+    trainer = Trainer(classifier, recipe.num_epochs, train.steps_per_epoch(loaders["train"], recipe.batch_size))
+    test_loader = StarLoader(test, np.arange(len(test.stars)), device)
+    with tempfile.TemporaryDirectory(dir=directory) as output_dir:
+        paths = run_paths(Path(output_dir), "run")
+        unfinished = train.begin(options, "run", classifier, training, splits, {})
+        record = unfinished.record
+        train.fit(trainer, loaders, unfinished, paths, {"config": record["config"], "splits": {}, "references": {}})
+        best = evaluate(load_checkpoint(paths.checkpoint, device)[0], test_loader, recipe.batch_size)
+    last = evaluate(trainer.trained, test_loader, recipe.batch_size)
+    return best, {
+        "last_f1": round(last.scores()["f1"], 4),
+        "best_epoch": record["final_metrics"]["best_epoch"],
+        "validation_f1": round(max(record["epoch_metrics"]["val_f1"]), 4),
+        "device": describe_device(device),
+        "git_commit": record["config"]["git_commit"],
     }
 
 
-def run_network(
-    args: argparse.Namespace, name: str, seed: int, stars: PreparedStars, parts: dict[str, PreparedStars]
-) -> tuple[str, dict[str, Evaluation]]:
-    """Train by train.py itself, in a directory of its own; evaluate the checkpoint that it keeps. Returns the device's
-    name, too."""
-    change = (NETWORKS | ABLATIONS)[name]
-    with tempfile.TemporaryDirectory() as directory:
-        options = train.parse_arguments(
-            [
-                *("--output-dir", directory, "--seed", str(seed), "--epochs", str(args.epochs)),
-                *("--state-interval", "1e6", "--modality", args.modality),
-                *("--validation-split", str(args.validation_split), "--test-split", str(args.test_split)),
-                *("--image-backbone", args.image_backbone, "--image-weights", args.image_weights),
-                *(change if isinstance(change, list) else []),
-            ]
-        )
-        unread = {"spectrum": {"images": None}, "image": {"spectra": None}}.get(options.modality, {})
-        with contextlib.nullcontext() if isinstance(change, list) else change:
-            record = train.train(options, stars._replace(**unread), {})
-            device = train.choose_device(options.device)
-            path = run_paths(Path(directory), record["config"]["training_id"]).checkpoint
-            engine = train.Engine(
-                load_checkpoint(path, device)[0], device, train.choose_precision(options.precision, device)
-            )
-            loaders = {
-                part: train.make_loader(parts[part], np.arange(len(parts[part].stars)), batch_size=64)
-                for part in ("validation", "test")
-            }
-            evaluations = {part: train.evaluate(engine, loader) for part, loader in loaders.items()}
-            return record["config"]["device"], evaluations
+# Results
 
 
-def open_results(path: Path, settings: dict) -> dict:
-    """What earlier commands with the same settings have done."""
-    if not path.exists():
-        return {"settings": settings, "runs": []}
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if results["settings"] != settings:
-        raise data.DataError(f"{path}: of another experiment ({results['settings']}); give another --output-dir")
+def key(run: Run) -> str:
+    """The same for the same run, and for no other."""
+    return json.dumps([run[name] for name in ("row", "recipe", "set", "draw", "seed", "per_class")], sort_keys=True)
+
+
+def read_results(path: Path) -> dict[str, Run]:
+    """The results in a file, by their keys."""
+    results = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            result = json.loads(line)
+            results[key(result)] = result
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}: not a result ({error}); delete the line") from error
     return results
+
+
+def perform_all(runs: list[Run], args: argparse.Namespace, path: Path) -> None:
+    """Do the runs, several at once, and add each result to the file as it comes."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))  # of each process
+    # Processes that are spawned, not forked, can use the GPU.
+    pool = ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        futures = [pool.submit(perform, run, args.directory, args.templates_dir) for run in runs]
+        for number, future in enumerate(as_completed(futures), 1):
+            result = future.result()
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            name = "{row}, {set}, draw {draw}, seed {seed}: F1 {f1:.3f}, {seconds:.0f} s".format(**result)
+            print(f"{number}/{len(runs)}  {name}", flush=True)
+    except BrokenExecutor as error:
+        raise DataError("a process was killed, perhaps for its memory: lower --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> None:
     args = parse_arguments()
-    stars, _ = read_stars(args.data_dir, "fusion", args.num_workers)
-    others = None
-    if args.test_dir:
-        others, _ = read_stars(args.test_dir, "fusion", args.num_workers)
-        others = select(others, np.arange(len(others.stars)))
-    of_this_command = ("seeds", "methods", "num_workers", "output_dir")
-    settings = {name: value for name, value in vars(args).items() if name not in of_this_command}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    # Another network's results are another experiment's, whatever the options.
-    settings |= {"stars": data.describe(stars.stars), "network": model.CHECKPOINT_FORMAT}
-    path = args.output_dir / "accuracy.json"
-    results = open_results(path, settings)
-    done = {(run["method"], run["seed"]) for run in results["runs"]}
-    for seed in args.seeds:
-        splits = train.split_stars(stars, args.validation_split, args.test_split, seed)
-        parts = {part: select(stars, indices) for part, indices in splits.items()}
-        parts["test"] = others or parts["test"]
-        results["parts"] = {part: data.describe(chosen.stars) for part, chosen in parts.items()}
-        for name in args.methods:
-            if (name, seed) in done:
-                continue
-            started = time.perf_counter()
-            if name in NETWORKS | ABLATIONS:
-                device, evaluations = run_network(args, name, seed, stars, parts)
-            else:
-                device, evaluations = "cpu", run_classical(name, seed, parts)
-            seconds = round(time.perf_counter() - started, 1)
-            run = {"method": name, "seed": seed, "seconds": seconds, "device": device}
-            run |= {part: evaluation.scores() for part, evaluation in evaluations.items()}
-            run["test_intervals_95"] = evaluations["test"].intervals()
-            results["runs"].append(run)
-            with data.write_atomically(path) as temporary:
-                temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            print(f"{name}, seed {seed}: test F1 {run['test']['f1']:.3f}, {run['seconds']:.0f} s", flush=True)
-
-    title = f"{args.data_dir}: "
-    title += "trained on {train}, checkpoint chosen by {validation}, scored on {test}".format(**results["parts"])
-    table = as_markdown(summarise(results["runs"]), title)
-    with data.write_atomically(args.output_dir / "accuracy.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
-    draw(args.output_dir / "accuracy.png", results["runs"], title)
-    print(f"\n{table}\nin {args.output_dir}: accuracy.json, accuracy.md, accuracy.png")
-
-
-# The table and the figure
-
-
-def summarise(runs: list[dict]) -> pd.DataFrame:
-    """One row a method, best last: of each score on the test stars, its mean and standard deviation over the seeds."""
-    table = pd.DataFrame(
-        [
-            {name: run[name] for name in ("method", "device", "seconds")}
-            | {"validation F1": run["validation"]["f1"]}
-            | {title: run["test"][score] for score, title in SCORES.items()}
-            for run in runs
-        ]
-    )
-    devices = table.groupby("method").device.agg(lambda names: ", ".join(sorted(set(names))))
-    summary = table.drop(columns="device").groupby("method").agg(["mean", "std", "count"]).assign(device=devices)
-    return summary.sort_values(("weighted F1", "mean"))
-
-
-def as_markdown(summary: pd.DataFrame, title: str) -> str:
-    columns = [*SCORES.values(), "validation F1"]
-    lines = [f"{title}; mean ± standard deviation over the seeds.", "", ""]
-    lines.append("| " + " | ".join(["method", *columns, "seeds", "seconds a run", "on"]) + " |")
-    lines.append("|---" * (len(columns) + 4) + "|")
-    for method, row in summary.iloc[::-1].iterrows():
-        cells = [f"{row[column, 'mean']:.3f} ± {row[column, 'std']:.3f}".replace(" ± nan", "") for column in columns]
-        cells += [str(int(row["seconds", "count"])), f"{row['seconds', 'mean']:.0f}", row["device"].item()]
-        lines.append("| " + " | ".join([method, *cells]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(path: Path, runs: list[dict], title: str) -> None:
-    """The F1 of each run on the test stars, a point a seed; the bar is the mean."""
-    means = pd.DataFrame([{"method": run["method"], "f1": run["test"]["f1"]} for run in runs]).groupby("method").f1
-    order = list(means.mean().sort_values().index)
-    figure = Figure(figsize=(10, 0.8 + 0.35 * len(order)), layout="constrained")
-    axes = figure.subplots()
-    colors = ["C0" if method in NETWORKS | ABLATIONS else "0.6" for method in order]
-    axes.barh(order, means.mean()[order], color=colors, alpha=0.6)
-    for row, method in enumerate(order):
-        axes.plot(means.get_group(method), [row] * len(means.get_group(method)), "k.")
-    axes.margins(y=0.01)
-    axes.set_xlim(max(0, means.min().min() - 0.05), 1)
-    # Over and under the whole figure: the names of the methods are wide.
-    figure.suptitle(title, fontsize=9)
-    figure.supxlabel("weighted F1 on the stars that chose nothing (blue: networks; points: seeds)", fontsize=9)
-    axes.grid(axis="x", alpha=0.3)
-    with data.write_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    rows, sets = choose_rows(args), list(args.sets)
+    for name in classical.TEMPLATES.keys() & sets:
+        if not args.templates_dir or not (args.templates_dir / classical.TEMPLATES[name]).exists():
+            print(f"the set {name} is skipped: no {classical.TEMPLATES[name]} in --templates-dir")
+            sets.remove(name)
+    runs = [
+        {"row": row, "recipe": recipe and asdict(recipe), "set": name, "draw": draw, "seed": seed,
+         "per_class": args.per_class}
+        for name in sets
+        for draw in range(args.draws)
+        for seed in range(args.seeds)
+        for row, recipe in rows.items()
+    ]  # fmt: skip
+    path = args.directory / "results.jsonl"
+    done = read_results(path)
+    missing = [run for run in runs if key(run) not in done]
+    print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
+    for run in {(run["set"], run["draw"]): run for run in missing}.values():
+        make_stars(run, args)
+    perform_all(missing, args, path)
+    done = read_results(path)
+    report(pd.DataFrame([done[key(run)] for run in runs]), args)
 
 
 if __name__ == "__main__":
-    data.run_as_script(main)
+    run_as_script(main)

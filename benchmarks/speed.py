@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                                         a minute on a GPU
     python benchmarks/speed.py --batch-sizes 8 --image-backbone resnet18    a small one, for CPUs
-    python benchmarks/speed.py --compile                               with torch.compile as well: a slow start
+    python benchmarks/speed.py --candidates                            and other ways to do the same step
 
 "Plain" is the same network in float32, in PyTorch's default memory layout, with Adam as it comes. All take turns, round
 by round, so that the machine's changes of speed meet all; ratios are medians over the rounds. A step's floating-point
@@ -19,8 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
@@ -49,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-sizes", type=number(int, 2, 10**5), nargs="+", default=[32, 128, 512], help="stars a step")
     add("--evaluation-sizes", type=number(int, 1, 10**5), nargs="*", default=[512, 1024], help="stars at once")
     add("--rounds", type=number(int, 1, 1000), default=3, help="of each measurement")
-    add("--compile", action="store_true", help="time the compiled step, too")
+    add("--candidates", action="store_true", help="time other ways to do the step, too; one is compiled: a slow start")
     return parser.parse_args()
 
 
@@ -87,9 +89,53 @@ def plain_step(recipe: Recipe, batch: Batch, device: torch.device) -> Callable[[
     return step
 
 
-def our_step(recipe: Recipe, batch: Batch, device: torch.device, *, compiled: bool = False) -> Callable[[], None]:
-    classifier = Classifier(recipe, choose_precision("auto", device)).to(device).train()
-    trainer = Trainer(classifier, epochs=100, steps_per_epoch=100, compiled=compiled)
+class HalfWeightsTrainer(Trainer):
+    """Computes with bfloat16 copies of the weights, cast together, and updates the float32 ones.
+
+    Autocast casts each weight and each gradient by a kernel of its own.
+    """
+
+    def __init__(self, classifier: Classifier, **options: int) -> None:
+        super().__init__(classifier, **options)
+        network = classifier.network
+        norms = (module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.LayerNorm))
+        kept = {parameter for norm in norms for parameter in norm.parameters()}
+        kept |= {network.cls_token, network.position_embedding, network.token_type_embedding.weight}
+        self.weights = {name: weight for name, weight in classifier.named_parameters() if weight not in kept}
+        self.halves = {name: weight.detach().bfloat16().requires_grad_() for name, weight in self.weights.items()}
+        self.shared = lambda batch: torch.func.functional_call(classifier, self.halves, (batch,))
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.halves.values()), list(self.weights.values()))
+        for half in self.halves.values():
+            half.grad = None
+        return super()._loss(batch)
+
+    def _update(self) -> None:
+        used = [name for name, half in self.halves.items() if half.grad is not None]
+        for name in used:
+            self.weights[name].grad = torch.empty_like(self.weights[name])
+        torch._foreach_copy_([self.weights[name].grad for name in used], [self.halves[name].grad for name in used])
+        super()._update()
+
+
+class CompiledTrainer(Trainer):
+    """Compiles the ResNet's blocks and the Transformer's layers, each kind once."""
+
+    def __init__(self, classifier: Classifier, **options: int) -> None:
+        torch._dynamo.config.recompile_limit = 64  # one kind has as many shapes
+        for module in classifier.network.modules():
+            if isinstance(module, BasicBlock | Bottleneck | nn.TransformerEncoderLayer):
+                module.compile(dynamic=False)
+        super().__init__(classifier, **options)
+
+
+def our_step(
+    recipe: Recipe, batch: Batch, device: torch.device, kind: type[Trainer] = Trainer, precision: str = "auto"
+) -> Callable[[], None]:
+    classifier = Classifier(recipe, choose_precision(precision, device)).to(device).train()
+    trainer = kind(classifier, epochs=100, steps_per_epoch=100)
     return lambda: trainer.step(batch)
 
 
@@ -162,7 +208,10 @@ def print_rows(times: dict, stars: int, operations: float, rate: float) -> None:
 def idle_share(recipe: Recipe, batch_size: int, device: torch.device) -> float:
     """The share of an epoch in which the GPU runs no kernel."""
     classifier = Classifier(recipe, choose_precision("auto", device)).to(device)
-    trainer, stars = Trainer(classifier, epochs=2, steps_per_epoch=EPOCH_BATCHES), random_stars(EPOCH_BATCHES * batch_size)
+    trainer, stars = (
+        Trainer(classifier, epochs=2, steps_per_epoch=EPOCH_BATCHES),
+        random_stars(EPOCH_BATCHES * batch_size),
+    )
     loader = StarLoader(stars, range(len(stars.stars)), device)
     train.train_one_epoch(trainer, loader, 1, 0, "")
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -187,13 +236,17 @@ def main() -> None:
     print(f"\nFusionModel with {args.image_backbone} on {describe_device(device)}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}; bf16 matrix products: {rate / 1e12:.1f} Tflop/s; a step: {of_step / 1e9:.1f} "
           f"Gflop a star, a forward pass {of_forward / 1e9:.1f}\n")  # fmt: skip
-    print("| | batch | stars/s | against plain | share of the matrix rate | first 5 calls, s |\n|---|---|---|---|---|---|")
+    print(
+        "| | batch | stars/s | against plain | share of the matrix rate | first 5 calls, s |\n|---|---|---|---|---|---|"
+    )
     for size in args.batch_sizes:
         batch = make_batch(size, device)
         works = {"training, plain": plain_step(recipe, batch, device), "training": our_step(recipe, batch, device)}
         works["training, improved"] = our_step(improved, batch, device)
-        if args.compile:
-            works["training, compiled"] = our_step(recipe, batch, device, compiled=True)
+        if args.candidates:
+            works["training, float32 (TF32)"] = our_step(recipe, batch, device, precision="fp32")
+            works["training, bf16 weights"] = our_step(recipe, batch, device, HalfWeightsTrainer, "bf16")
+            works["training, compiled"] = our_step(recipe, batch, device, CompiledTrainer)
         print_rows(time_in_turns(works, args.rounds, device), size, of_step, rate)
     for size in args.evaluation_sizes:
         batch = make_batch(size, device)

@@ -1,92 +1,113 @@
-"""What training changes in its stars, and that a label changes only with its star."""
+"""Random changes of the training stars: a label changes only with its star, and noise is carried through."""
+
+import dataclasses
 
 import pytest
 import torch
 
-from augmentation import (
-    MAX_EXTRA_NOISE,
-    MAX_SHIFT,
-    MIN_SHARE,
-    NOISE_TABLE,
-    blend,
-    blend_images,
-    draw_augmentation,
-    estimate_noise,
-    shift_and_add_noise,
-    turn_images,
-)
-from data import SPECTRUM_LENGTH
+from augmentation import add_noise, augment, mix, rotate_and_flip, shift
+from dataset import Batch
+from preparation import SPECTRUM_LENGTH
+from recipe import IMPROVED, PAPER
 
 
-def test_each_star_gets_its_own_of_all_that_can_happen():
-    augmentation = draw_augmentation(torch.zeros(4000, dtype=torch.int64), 0.3, seed=0, epoch=1)
-    assert augmentation.image_seen.float().mean() == pytest.approx(0.7, abs=0.03)
-    assert augmentation.symmetries.bincount().tolist() == pytest.approx([500] * 8, rel=0.2)
-    shifts, counts = augmentation.shifts.unique(return_counts=True)
-    assert shifts.tolist() == list(range(-MAX_SHIFT, MAX_SHIFT + 1)) and counts.min() > 700
-    assert augmentation.noise_levels.min() >= 0 and 0.99 < augmentation.noise_levels.max() / MAX_EXTRA_NOISE < 1
-    assert augmentation.noise_starts.max() + SPECTRUM_LENGTH <= NOISE_TABLE
-    some = augmentation.of([5, 3])
-    assert torch.equal(some.symmetries, augmentation.symmetries[[5, 3]])
+def batch_of(count: int, noise: float = 0.1) -> Batch:
+    torch.manual_seed(0)
+    flux = 1 + noise * torch.randn(count, SPECTRUM_LENGTH)
+    spectra = torch.stack([flux, torch.full_like(flux, noise**-2)], dim=1)
+    return Batch(spectra, torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8), torch.randint(5, (count,)))
 
 
-def test_a_partner_is_any_star_of_the_own_or_an_adjacent_class():
-    classes = torch.randint(5, (5000,), generator=torch.Generator().manual_seed(0))
-    augmentation = draw_augmentation(classes, 0.5, seed=0, epoch=1)
+def test_the_papers_recipe_changes_nothing():
+    batch = batch_of(8)
+    assert augment(batch, PAPER) == batch
+
+
+@pytest.mark.parametrize("modality", ["spectrum", "image"])
+def test_one_input_is_changed_without_the_other(modality):
+    batch = batch_of(8)._replace(**({"images": None} if modality == "spectrum" else {"spectra": None}))
+    changed = augment(batch, dataclasses.replace(IMPROVED, image_dropout=0.5))
+    assert (changed.spectra is None, changed.images is None) == (batch.spectra is None, batch.images is None)
+
+
+# Mixup
+
+
+def test_label_spectrum_and_image_are_mixed_by_one_weight():
+    batch, value = batch_of(400), torch.arange(400) % 5
+    batch = Batch(
+        torch.stack([20.0 * value, torch.ones(400)], dim=1)[:, :, None].expand(-1, -1, SPECTRUM_LENGTH),
+        (20 * value).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).to(torch.uint8),
+        value,
+    )
+    mixed = mix(batch, 0.5)
+    expected = 20 * mixed.targets @ torch.arange(5.0)
+    assert torch.allclose(mixed.targets.sum(dim=1), torch.ones(400))
+    assert (mixed.targets.gather(1, value[:, None]) >= 0.5).all() and 0.5 < mixed.targets.max(dim=1).values.min() < 0.52
+    assert torch.allclose(mixed.spectra[:, 0], expected[:, None], atol=1e-3)
+    assert torch.allclose(mixed.images, expected[:, None, None, None], atol=1e-3)
+    # Two of the noise 1: (1 − w)² + w².
+    other = 1 - mixed.targets.gather(1, value[:, None])
+    between = (mixed.targets > 0).sum(dim=1) == 2  # else the partner is of the own class: the weight is not seen
+    assert torch.allclose(1 / mixed.spectra[between, 1], ((1 - other) ** 2 + other**2)[between], atol=1e-3)
+
+
+def test_a_partner_is_of_the_own_or_an_adjacent_class():
+    batch = batch_of(500)
+    mixed = mix(batch, 1.0).targets
+    classes = torch.arange(5)
     for k in range(5):
-        adjacent = (classes - k).abs() <= 1
-        found = classes[augmentation.partners[classes == k]]
-        expected = classes[adjacent].bincount(minlength=5) / adjacent.sum()
-        assert torch.allclose(found.bincount(minlength=5) / len(found), expected, atol=0.05)
-        assert (expected == 0).equal(found.bincount(minlength=5) == 0)
-    assert len(augmentation.partners.unique()) > 3000  # of 5000 drawn, 1 - 1/e are different
-    assert augmentation.shares.min() == MIN_SHARE and augmentation.shares.max() == 1
-    assert augmentation.shares.mean() == pytest.approx((1 + MIN_SHARE) / 2, abs=0.01)
+        partners = mixed[batch.targets == k]
+        assert torch.equal((partners > 0).any(dim=0), (classes - k).abs() <= 1)
 
 
-def test_a_blend_has_its_share_of_each():
-    own, partners = torch.tensor([[0, 200], [10, 10]]), torch.tensor([[100, 0], [30, 10]])
-    assert torch.equal(blend(own, partners, torch.tensor([0.75, 0.5])), torch.tensor([[25.0, 150.0], [20.0, 10.0]]))
+def test_a_pixel_bad_in_either_star_is_bad_in_their_mixture():
+    batch = batch_of(6)
+    batch.spectra[:3, 1, 100] = 0
+    batch = batch._replace(targets=torch.zeros(6, dtype=torch.int64))
+    torch.manual_seed(1)
+    mixed = mix(batch, 0.5)
+    assert mixed.spectra.isfinite().all()
+    assert not mixed.spectra[:3, 1, 100].any() and mixed.spectra[:, 1, 99].all()
 
 
-def test_images_are_blended_as_spectra_are_to_the_nearest_integer():
-    random = torch.Generator().manual_seed(0)
-    own, partners = torch.randint(256, (2, 65, 3, 8, 8), dtype=torch.uint8, generator=random)
-    own[0], partners[0] = 255, 255
-    shares = torch.arange(64, 129) / 128
-    expected = blend(own.flatten(1), partners.flatten(1), shares)
-    blended = blend_images(own, partners, shares)
-    assert blended.dtype == torch.uint8 and (blended.flatten(1) - expected).abs().max() <= 0.5
-    assert torch.equal(blended[-1], own[-1])
+# One star
 
 
-def test_images_are_turned_and_mirrored_in_eight_ways():
+def test_spectra_are_shifted_with_their_noise():
+    batch = batch_of(300)
+    spectra = batch.spectra.clone()
+    spectra[:, :, 1000] = torch.tensor([50.0, 0.0])
+    shifted = shift(spectra, 2)
+    places = shifted[:, 0].argmax(dim=1)
+    assert torch.equal(shifted[:, 1].argmin(dim=1), places)
+    assert places.unique().tolist() == [998, 999, 1000, 1001, 1002]
+    star = int((places == 1002).nonzero()[0])
+    assert torch.equal(shifted[star, :, 2:], spectra[star, :, :-2])
+    assert torch.equal(shifted[star, :, 0], spectra[star, :, 0]) and torch.equal(shifted[star, :, 1], spectra[star, :, 0])
+
+
+def test_noise_is_added_in_proportion_to_the_stars_own():
+    batch = batch_of(200)
+    spectra = batch.spectra.clone()
+    spectra[:, 1, 1000:] = 0  # bad pixels have none
+    changed = add_noise(spectra, 2.0)
+    added = changed[:, 0] - spectra[:, 0]
+    assert not added[:, 1000:].any() and not changed[:, 1, 1000:].any()
+    level = added[:, :1000].std(dim=1) / 0.1
+    assert 0 <= level.min() < 0.1 and 1.9 < level.max() < 2.1
+    assert torch.allclose(changed[:, 1, 0] / spectra[:, 1, 0], 1 / (1 + level**2), rtol=0.15)
+
+
+def test_images_are_rotated_and_flipped_in_all_eight_ways():
     image = torch.arange(3 * 4 * 4, dtype=torch.uint8).view(3, 4, 4)
-    turned = turn_images(image.expand(8, -1, -1, -1), torch.arange(8))
-    symmetries = [image.rot90(k, (1, 2)).flip(axes) for k in range(4) for axes in ((), (2,))]
-    assert all(sum(torch.equal(one, symmetry) for one in turned) == 1 for symmetry in symmetries)
+    torch.manual_seed(0)
+    changed = rotate_and_flip(image.expand(400, -1, -1, -1))
+    ways = [image.rot90(k, (1, 2)).flip(axes) for k in range(4) for axes in ((), (2,))]
+    counts = [sum(torch.equal(one, way) for one in changed) for way in ways]
+    assert sum(counts) == 400 and min(counts) > 25
 
 
-@pytest.mark.parametrize("noise", [0.01, 0.1])
-def test_the_noise_of_a_spectrum_is_found_beside_its_lines(noise):
-    spectra = 1 + noise * torch.randn(200, SPECTRUM_LENGTH, generator=torch.Generator().manual_seed(0))
-    spectra += torch.linspace(-0.5, 0.5, SPECTRUM_LENGTH)  # a continuum
-    spectra[:, 500:600] -= 0.8  # a band
-    spectra[:, ::400] += 5  # cosmic rays
-    found = estimate_noise(spectra)
-    assert found.shape == (200, 1)
-    assert found.mean().item() == pytest.approx(noise, rel=0.05) and found.std().item() < 0.1 * noise
-
-
-def test_spectra_are_moved_and_get_noise_in_proportion_to_their_own():
-    random = torch.Generator().manual_seed(1)
-    own = torch.tensor([0.0, 0.01]).repeat_interleave(100)[:, None]
-    spectra = 1 + own * torch.randn(200, SPECTRUM_LENGTH, generator=random)
-    spectra[:, 1000:] += 10
-    augmentation = draw_augmentation(torch.zeros(200, dtype=torch.int64), 0.5, seed=0, epoch=1)
-    changed = shift_and_add_noise(spectra, augmentation)
-    assert torch.equal(changed.diff().argmax(dim=1) + 1, 1000 + augmentation.shifts)
-    moved = shift_and_add_noise(spectra, augmentation._replace(noise_levels=torch.zeros(200)))
-    added = (changed - moved).std(dim=1)
-    assert added[:100].max() == 0  # of spectra without noise
-    assert torch.allclose(added[100:], 0.01 * augmentation.noise_levels[100:], rtol=0.3, atol=1e-6)
+def test_a_fraction_of_the_images_is_hidden():
+    changed = augment(batch_of(2000), dataclasses.replace(PAPER, image_dropout=0.3))
+    assert changed.image_mask.float().mean().item() == pytest.approx(0.7, abs=0.04)

@@ -1,0 +1,135 @@
+"""One training step: its loss, its gradients, its schedule, its average."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from common import random_stars
+from torch.nn.utils import get_total_norm
+
+from classifier import Classifier
+from dataset import Batch
+from loss_sic import loss_sic
+from model import contrastive_logits
+from recipe import IMPROVED, PAPER, Recipe
+from trainer import Trainer, make_optimizer, warmup_and_cosine
+
+SPECTRUM = replace(PAPER, modality="spectrum", num_layers=1)
+FUSION = replace(PAPER, image_backbone="resnet18", num_layers=1)
+
+
+def batch_of(count: int) -> Batch:
+    prepared = random_stars(count // 5)
+    return Batch(prepared.spectra, prepared.images, prepared.targets)
+
+
+def make_trainer(recipe: Recipe, epochs: int = 10, steps_per_epoch: int = 5) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(Classifier(recipe).train(), epochs, steps_per_epoch)
+
+
+def weights_of(classifier: Classifier) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in classifier.parameters()]
+
+
+def test_a_step_follows_the_gradient_of_the_loss():
+    trainer, batch = make_trainer(FUSION), batch_of(10)
+    *features, fuse_logits = copy.deepcopy(trainer.classifier)(batch)
+    expected = loss_sic(contrastive_logits(*features), fuse_logits, batch.targets)
+    losses = [trainer.step(batch).item() for _ in range(8)]
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5) and losses[-1] < 0.8 * losses[0]
+
+
+def test_weights_decay_but_biases_norms_and_embeddings_do_not():
+    network = Classifier(FUSION).network
+    decayed, others = make_optimizer(network, 1e-4, 0.01).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    kept = {names.pop(parameter) for parameter in others["params"]}
+    assert {"cls_token", "position_embedding", "token_type_embedding.weight", "classifier.bias"} <= kept
+    assert {"transformer.norm.weight", "image_encoder.model.1.weight", "image_encoder.fc.bias"} <= kept
+    assert {names.pop(parameter).rpartition(".")[2] for parameter in decayed["params"]} == {"weight", "in_proj_weight"}
+    assert not names
+
+
+def test_the_learning_rate_warms_up_then_falls_to_zero():
+    trainer, batch, rates = make_trainer(SPECTRUM, epochs=10, steps_per_epoch=2), batch_of(5), []
+    for _ in range(20):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.step(batch)
+    assert rates[:4] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4])
+    assert rates[4] == pytest.approx(1e-4) and rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[12] == pytest.approx(0.5e-4) and trainer.optimizer.param_groups[1]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_warm_up_is_at_most_a_third_of_a_run():
+    assert make_trainer(SPECTRUM, epochs=3, steps_per_epoch=10).warmup_steps == 10
+    assert make_trainer(SPECTRUM, epochs=1, steps_per_epoch=1).warmup_steps == 1
+    assert warmup_and_cosine(0, 10)(0) == 1.0 and warmup_and_cosine(1, 1)(0) == 1.0
+
+
+def test_gradients_are_clipped_together():
+    recipe = replace(FUSION, max_gradient_norm=0.01, learning_rate=1e-9)
+    trainer = make_trainer(recipe)
+    trainer.step(batch_of(10))
+    assert get_total_norm(p.grad for p in trainer.classifier.parameters()).item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_gradients_of_the_image_encoder_may_be_clipped_apart():
+    trainer = make_trainer(replace(FUSION, max_gradient_norm=0.01, clip_encoder_apart=1))
+    trainer.step(batch_of(10))
+    norms = [get_total_norm(p.grad for p in part).item() for part in trainer._clipped_together()]
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_the_average_begins_after_the_warm_up():
+    trainer, batch = make_trainer(replace(SPECTRUM, ema_span=0.2), epochs=10, steps_per_epoch=2), batch_of(5)
+    average = None
+    for step in range(1, 9):
+        trainer.step(batch)
+        weights = weights_of(trainer.classifier)
+        if step <= 4:  # two epochs
+            average = weights
+        else:  # over a fifth of 20 steps
+            average = [a + (w - a) / 4 for a, w in zip(average, weights, strict=True)]
+        for expected, found in zip(average, weights_of(trainer.trained), strict=True):
+            assert torch.allclose(found, expected, atol=1e-6)
+    assert trainer.trained is not trainer.classifier
+
+
+def test_the_papers_recipe_keeps_the_weights_themselves():
+    trainer = make_trainer(SPECTRUM)
+    assert trainer.trained is trainer.classifier
+
+
+@pytest.mark.parametrize("recipe", [PAPER, IMPROVED], ids=["paper", "improved"])
+def test_a_trainer_goes_on_from_its_state(recipe):
+    recipe, batch = replace(recipe, image_backbone="resnet18", num_layers=1, warmup_epochs=0.2), batch_of(10)
+    whole, other = make_trainer(recipe), make_trainer(recipe)
+    whole.step(batch)
+    states = whole.state_dict()
+    for trainer in (whole, other):
+        if trainer is other:
+            other.load_state_dict(states)
+        torch.manual_seed(1)
+        for _ in range(2):
+            trainer.step(batch)
+    for one, two in ((whole.classifier, other.classifier), (whole.trained, other.trained)):
+        assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+    assert whole.scheduler.last_epoch == other.scheduler.last_epoch == 3
+
+
+def test_a_state_is_a_copy():
+    trainer, batch = make_trainer(SPECTRUM), batch_of(5)
+    states = trainer.state_dict()
+    before = copy.deepcopy(states["classifier"])
+    trainer.step(batch)
+    assert all(torch.equal(value, states["classifier"][name]) for name, value in before.items())
+
+
+def test_a_loss_that_is_not_a_number_is_returned_as_it_is():
+    batch = batch_of(5)
+    batch.spectra[0, 0, 0] = torch.nan
+    assert math.isnan(make_trainer(SPECTRUM).step(batch).item())
