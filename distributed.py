@@ -2,21 +2,19 @@
 
     torchrun --nproc-per-node=4 train.py --data-dir DIR
 
-Each process takes its share of every batch. The contrast is over the whole batch, gradients are its mean, and batch
-norms take in all of it on GPUs; on CPUs, where torch has no SyncBatchNorm, each process normalises its own share.
+Each process takes its share of every batch. Contrast and gradients are of the whole batch, and batch norms take in all
+of it on GPUs; on CPUs, where torch has no SyncBatchNorm, each process normalises its own share.
 Outside torchrun there is one process, and nothing here does anything.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 @contextlib.contextmanager
@@ -56,8 +54,13 @@ def world_size() -> int:
 
 
 def gather_stars(values: Tensor) -> Tensor:
-    """(B, …) of each process → (B·N, …) of all, with gradients; every process must have as many stars."""
-    return values if world_size() == 1 else torch.cat(dist_functional.all_gather(values))
+    """(B, …) of each process → (B·N, …) of all, with gradients for its own; every process must have as many stars."""
+    if world_size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.detach().contiguous())
+    parts[rank()] = values
+    return torch.cat(parts)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -83,13 +86,11 @@ def synchronise_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def share_gradients(model: nn.Module) -> nn.Module:
-    """The network as training calls it: its gradients are the mean of those of all processes.
-
-    Each process computes the loss of the whole batch, so the mean is that loss's gradient.
-    """
-    if world_size() == 1:
-        return model
-    device_ids = [local_rank()] if next(model.parameters()).is_cuda else None
-    # static_graph: without contrast, some of the encoders' parameters have no gradient.
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, static_graph=True)
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients of all processes: each has those of the whole batch's loss by way of its own stars."""
+    if world_size() > 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))

@@ -168,7 +168,7 @@ def put_into_history(path: Path, record: dict) -> None:
 
 
 def plot_training(path: Path, record: dict) -> None:
-    """Loss, accuracy, precision, recall and F1 by epoch."""
+    """Loss, accuracy, precision and F1 by epoch."""
     config, best = record["config"], record["final_metrics"]["best_epoch"]
     with new_figure(path, figsize=(11, 4)) as figure:
         figure.suptitle(f"{config['training_id']}: {config['modality']}, {config['stars']}")
@@ -180,19 +180,20 @@ def plot_training(path: Path, record: dict) -> None:
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
-            axes.legend()
+            axes.legend(fontsize="small")
 
 
 def draw_losses(axes: Axes, metrics: dict[str, list[float]]) -> None:
     for name, label in (("train_loss", "training"), ("val_loss", "validation")):
-        axes.plot(range(1, len(metrics[name]) + 1), metrics[name], "o-", label=label)
+        axes.plot(range(1, len(metrics[name]) + 1), metrics[name], "o-", markersize=4, label=label)
     axes.set_ylabel("loss")
 
 
 def draw_scores(axes: Axes, metrics: dict[str, list[float]], stars_by_class: Collection[int]) -> None:
-    for name, marker in (("accuracy", "o"), ("precision", "s"), ("recall", "^"), ("F1", "D")):
-        curve = metrics[f"val_{name.lower()}"]
-        axes.plot(range(1, len(curve) + 1), curve, f"{marker}-", markersize=4, alpha=0.8, label=name)
+    # Recall weighted by class frequency is the accuracy.
+    for name, label in (("accuracy", "accuracy, recall"), ("precision", "precision"), ("f1", "F1")):
+        curve = metrics[f"val_{name}"]
+        axes.plot(range(1, len(curve) + 1), curve, "o-", markersize=4, alpha=0.8, label=label)
     most = max(stars_by_class) / sum(stars_by_class)
     axes.axhline(most, color="gray", linestyle=":", label="accuracy of one class for all")
     axes.set(ylabel="validation score (weighted)", ylim=(0, 1.02))
@@ -207,7 +208,8 @@ def plot_confusion_matrix(path: Path, targets: np.ndarray, predictions: np.ndarr
             targets, predictions, labels=range(len(CLASS_NAMES)), display_labels=CLASS_NAMES, cmap="Blues",
             colorbar=False, ax=axes,
         )  # fmt: skip
-        axes.set(title=title, xlabel="predicted subclass", ylabel="catalogue subclass")
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="predicted subclass", ylabel="catalogue subclass")
 
 
 def library_versions() -> dict[str, str]:

@@ -32,7 +32,7 @@ def summarise_spectra(spectra: Tensor) -> Tensor:
 
 def summarise_images(images: Tensor) -> Tensor:
     """(B, 3, 128, 128) → (B, 18): the median brightness of rings around the centre, by colour."""
-    offset = (torch.arange(IMAGE_SIZE) - (IMAGE_SIZE - 1) / 2) * CUTOUT_SCALE
+    offset = (torch.arange(IMAGE_SIZE, device=images.device) - (IMAGE_SIZE - 1) / 2) * CUTOUT_SCALE
     radius = torch.hypot(offset[:, None], offset)
     rings = [(inner <= radius) & (radius < outer) for inner, outer in zip(RING_EDGES, RING_EDGES[1:], strict=False)]
     return torch.cat([images[:, :, ring].float().median(dim=2).values for ring in rings], dim=1)

@@ -34,4 +34,5 @@ def new_figure(path: Path, figsize: tuple[float, float], *, dpi: int = 150, soft
         figure = Figure(figsize=figsize, layout="constrained")
         yield figure
         with write_atomically(path) as temporary:
-            figure.savefig(temporary, dpi=dpi, metadata={"Software": software} if software else None)
+            metadata = {"Software": software} if software else None
+            figure.savefig(temporary, format="png", dpi=dpi, metadata=metadata)

@@ -32,6 +32,7 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # before matplotlib is imported: --help and mistakes are answered at once
 
 import json
+from collections import ChainMap
 from typing import Any
 
 from cli import DataError, refuse_foreign_file, run_as_script
@@ -71,8 +72,11 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: not a history, which is a list with one record a run")
     if not records:
         raise DataError(f"{path}: no run in it yet")
-    parts = ("config", "epoch_metrics", "final_metrics")
-    return [record | {k: v for part in parts for k, v in dict(record.get(part) or {}).items()} for record in records]
+    runs = []
+    for record in records:
+        parts = [record.get(part) for part in ("config", "epoch_metrics", "final_metrics")]
+        runs.append(dict(ChainMap(record, *(part for part in parts if isinstance(part, dict)))))
+    return runs
 
 
 def choose_runs(runs: list[dict[str, Any]], training_ids: list[str], path: Path) -> list[dict[str, Any]]:
@@ -94,7 +98,7 @@ def make_table(runs: list[dict[str, Any]]) -> list[list[str]]:
     """The header, and a row for each run."""
     sets = [scored_on(run) for run in runs]
     numbers = {stars: str(k) for k, stars in enumerate(dict.fromkeys(filter(None, sets)), start=1)}
-    scores = [run.get("final_val_f1_weighted", -1.0) for run in runs]
+    scores = [run.get("final_val_f1_weighted") or -1.0 for run in runs]
     rows = []
     for run, stars, score in zip(runs, sets, scores, strict=True):
         rivals = [other for own, other in zip(sets, scores, strict=True) if own == stars]
@@ -132,7 +136,7 @@ def plot_curves(path: Path, runs: list[dict[str, Any]]) -> None:
             label = ", ".join(str(run.get(key, UNKNOWN)) for key in ("training_id", "recipe", "modality", "stars"))
             for axes, name, style in ((left, "train_loss", ":"), (left, "val_loss", "-"), (right, "val_f1", "o-")):
                 epochs = range(1, len(run[name]) + 1)
-                axes.plot(epochs, run[name], style, color=f"C{k}", markersize=3, label=axes is right and label or None)
+                axes.plot(epochs, run[name], style, color=f"C{k}", markersize=3, label=label if axes is right else None)
         left.set(xlabel="epoch", ylabel="loss (compares at one batch size only)")
         left.set_title("dotted: training, solid: validation")
         right.set(xlabel="epoch", ylabel="validation F1 (weighted)", ylim=(0, 1.02))

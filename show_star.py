@@ -7,10 +7,6 @@
 NAME is the star's in objects.csv, or plate-mjd-fiberID. Which bands decided is tried out: a piece of the spectrum is
 replaced by the mean spectrum of the training stars. What the log odds of the predicted subclass lose, that piece had
 contributed; if they gain, it spoke against. In an M star one expects the bands of TiO.
-
-Wavelengths (Å, air): band heads of TiO, Kirkpatrick et al. 1991 (ApJS 77, 417) and Valenti et al. 1998 (ApJ 498,
-851); CaH, the indices CaH1 to CaH3 of Reid, Hawley & Gizis 1995 (AJ 110, 1838); lines, NIST Atomic Spectra Database.
-SkyServer's cutouts have north up and east left (https://skyserver.sdss.org/dr16/en/tools/chart/chartinfo.aspx).
 """
 
 import argparse
@@ -61,6 +57,8 @@ from preparation import SPECTRUM_LENGTH, WAVELENGTH
 from sdss_files import CUTOUT_SCALE, IMAGE_SIZE, Cutout, Spectrum, read_cutout, read_spectrum
 from star_files import FileIndex, catalog_path
 
+# Band heads of TiO: Kirkpatrick et al. 1991 (ApJS 77, 417), Valenti et al. 1998 (ApJ 498, 851). CaH: the indices CaH1
+# to CaH3 of Reid, Hawley & Gizis 1995 (AJ 110, 1838). Lines: NIST Atomic Spectra Database.
 TIO_LENGTH = 80  # Å shown of a band of TiO, which fades to the red of its head
 FEATURES = (  # Å, air
     *(("TiO", head, head + TIO_LENGTH) for head in (4954, 5167, 5448, 5847, 6158, 6651, 7053)),
@@ -95,8 +93,9 @@ def main(args: argparse.Namespace) -> None:
         if not chosen:
             draw_sheet(paths[0], choose_sheet_stars(stars, index, args.data_dir), len(stars))
             print(paths[0])
+            return
         classifier, checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else (None, {})
-        for star, path in zip(chosen, paths, strict=False):
+        for star, path in zip(chosen, paths, strict=True):
             draw_page(path, read_page(star, index, classifier, checkpoint.get("references", {})))
             print(path)
 
@@ -167,7 +166,7 @@ def set_limits(axes: Axes, curve: np.ndarray) -> None:
 
 @torch.inference_mode()
 def draw_input(axes: Axes, page: Page) -> None:
-    """The spectrum as the classifier's network gets it; without one, as any does before standardisation."""
+    """The spectrum as the network gets it; without a checkpoint, before standardisation."""
     curve, label = page.inputs.arrays["spectra"][0], "flux / median"
     if page.classifier:
         curve = page.classifier.standardise(make_batch(page.classifier, [page.inputs]).spectra, None)[0][0].numpy()
@@ -179,7 +178,10 @@ def draw_input(axes: Axes, page: Page) -> None:
 
 
 def draw_cutout(axes: Axes, pixels: np.ndarray, simulated: bool) -> None:
-    """The image (128, 128, 3) with a bar of 5″ (its scale is not in the file) and, on the sky, north and east."""
+    """The image (128, 128, 3) with a bar of 5″ and, on the sky, north (up) and east (left).
+
+    Source: https://skyserver.sdss.org/dr16/en/tools/chart/chartinfo.aspx; the scale is not in the file.
+    """
     bar = 5 / CUTOUT_SCALE / IMAGE_SIZE  # of the width
     axes.imshow(pixels)
     axes.plot([0.06, 0.06 + bar], [0.06, 0.06], color="white", linewidth=2, transform=axes.transAxes)
@@ -193,13 +195,12 @@ def draw_cutout(axes: Axes, pixels: np.ndarray, simulated: bool) -> None:
 
 
 def draw_probabilities(axes: Axes, row: dict[str, Any]) -> None:
-    label = row["catalog_subclass"]
-    colours = ["tab:green" if name == label else "gray" for name in CLASS_NAMES]
+    colours = ["tab:green" if name == row["catalog_subclass"] else "gray" for name in CLASS_NAMES]
     bars = axes.bar(CLASS_NAMES, [row[f"p_{name}"] for name in CLASS_NAMES], color=colours)
     axes.bar_label(bars, fmt="%.2f", fontsize=8)
     title = f"expected subclass {row['expected_subclass']:.2f} ± {row['expected_subclass_std']:.2f}\n"
-    title += f"outlier score {row['outlier_score']:.2f}" + ": UNLIKE THE TRAINING STARS" * row["is_outlier"]
-    axes.set(ylim=(0, 1.1), ylabel="probability" + " (green: catalogue)" * bool(label))
+    title += f"outlier score {row['outlier_score']:.2f}" + "\nUNLIKE THE TRAINING STARS" * row["is_outlier"]
+    axes.set(ylim=(0, 1.1), ylabel="probability" + " (green: catalogue)" * bool(row["catalog_subclass"]))
     axes.set_title(title, fontsize=9, color="tab:red" if row["is_outlier"] else "black")
 
 
@@ -248,7 +249,7 @@ def draw_page(path: Path, page: Page) -> None:
             draw_cutout(right.add_subplot(2, 1, 1), page.cutout.pixels, page.inputs.star.simulated)
         if classified:
             draw_probabilities(right.add_subplot(2, 1, 2), page.row)
-        figure.suptitle(page_title(page))
+        figure.suptitle(page_title(page), parse_math=False)
 
 
 def page_title(page: Page) -> str:

@@ -265,8 +265,10 @@ def train(
             paths.state.unlink(missing_ok=True)
             return record
         if first and training.states:
-            training.save(paths.state)
-            print(f"python train.py --resume {paths.state}    goes on after the last whole epoch")
+            with contextlib.suppress(OSError):  # the disk is full: an earlier state may be there
+                training.save(paths.state)
+            if paths.state.exists():
+                print(f"python train.py --resume {paths.state}    goes on after the last whole epoch")
         raise stopped
 
 

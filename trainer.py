@@ -36,7 +36,6 @@ class Trainer:
     def __init__(self, classifier: Classifier, epochs: int, steps_per_epoch: int) -> None:
         self.recipe = recipe = classifier.recipe
         self.classifier = distributed.synchronise_batch_norms(classifier)
-        self.shared = distributed.share_gradients(self.classifier)
         self.device = next(classifier.parameters()).device
         self.optimizer = make_optimizer(classifier.network, recipe.learning_rate, recipe.weight_decay)
         total_steps = epochs * steps_per_epoch
@@ -64,12 +63,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(augment(batch, self.recipe))
         loss.backward()
+        distributed.sum_gradients(self.classifier.parameters())
         self._update()
         return loss.detach()
 
+    def _forward(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        return self.classifier(batch)
+
     def _loss(self, batch: Batch) -> Tensor:
         """Of several processes, each takes the loss of the batch of all."""
-        gathered = (None if part is None else distributed.gather_stars(part) for part in self.shared(batch))
+        gathered = (None if part is None else distributed.gather_stars(part) for part in self._forward(batch))
         image_features, spectrum_features, fuse_logits = gathered
         align_logits = contrastive_logits(image_features, spectrum_features)
         targets = distributed.gather_stars(batch.targets)

@@ -1,6 +1,6 @@
 """How well the recipes and the classical methods classify the same held-out stars, over several sets of stars.
 
-    python benchmarks/accuracy.py DIR --templates-dir TEMPLATES --workers 8    the whole protocol: minutes on a GPU
+    python benchmarks/accuracy.py DIR --templates-dir TEMPLATES --workers 8    the whole protocol, for a GPU
     python benchmarks/accuracy.py DIR --rows classical --draws 1 --seeds 1     minutes on two cores
     python benchmarks/accuracy.py DIR --ablate improved                        its differences from paper, one by one
     python benchmarks/accuracy.py DIR --set modality=spectrum num_layers=2     fields of every network's recipe
@@ -63,11 +63,12 @@ NETWORKS = {
     "improved, images only": replace(IMPROVED, modality="image"),
     "improved, without SIC": replace(IMPROVED, sic_weight=0.0),
 }
-# Fields of a recipe that a network of one input does not use.
-OF_IMAGES = ("image_backbone", "image_weights", "zero_init_residual", "rotate_and_flip", "image_dropout")
-OF_SPECTRA = ("continuum_degree", "smoothing", "shrinkage", "num_eigenspectra", "spectrum_shift", "spectrum_noise")
-OF_BOTH = ("sic_weight", "clip_encoder_apart")
-UNUSED = {"fusion": (), "spectrum": OF_IMAGES + OF_BOTH, "image": OF_SPECTRA + OF_BOTH}
+# Fields that a network of one input does not use: rows that differ in these alone are one row.
+UNUSED = {
+    "fusion": (),
+    "spectrum": ("sic_weight", "image_backbone", "image_weights", "rotate_and_flip"),
+    "image": ("sic_weight", "spectrum_shift", "spectrum_noise"),
+}
 VALIDATION_SPLIT = 0.2
 
 # row, recipe (None of a classical method), set, draw, seed, per_class; once it is done, its result
@@ -129,7 +130,7 @@ def choose_rows(args: argparse.Namespace) -> dict[str, Recipe | None]:
     groups = {"networks": networks, "classical": others}
     names = [name for given in args.rows for name in groups.get(given, [given])]
     if unknown := set(names) - {*networks, *others}:
-        raise DataError(f"--rows: no row {min(unknown)!r}; there are: {', '.join([*groups, *networks, *others])}")
+        raise DataError(f"--rows: no row {min(unknown)!r}; there are: {'; '.join([*groups, *networks, *others])}")
     return {name: (networks | others)[name] for name in names}
 
 
@@ -169,7 +170,7 @@ def perform(run: Run, directory: Path, templates_dir: Path | None) -> Run:
             others = {"device": "cpu"}
     scores = {name: round(value, 4) for name, value in evaluation.scores().items()}
     seconds = round(time.perf_counter() - started, 1)
-    return run | scores | {"f1_by_snr": f1_by_snr(evaluation, test)} | others | {"seconds": seconds}
+    return run | scores | {"f1_by_snr": f1_by_snr(evaluation, test.spectra[:])} | others | {"seconds": seconds}
 
 
 def train_network(
@@ -179,9 +180,8 @@ def train_network(
     recipe, seed = Recipe(**run["recipe"]), run["seed"]
     options = parse_training_options(train.__doc__, ["--seed", str(seed)])
     options.recipe, device = recipe, choose_device(options.device)
+    train.set_backends()
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
     unread = dict.fromkeys({"spectra", "images"} - set(INPUTS[recipe.modality]))
     training, test = training._replace(**unread), test._replace(**unread)
     splits = split_stars(training, VALIDATION_SPLIT, 0.0, seed)

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from cache import PreparedStars
 from catalog import CLASS_NAMES
 from cli import write_atomically
 from evaluation import Evaluation
@@ -17,9 +17,12 @@ SNR_LIMITS = (3, 5, 10, 20)
 SNR_BINS = ("below 3", "3 to 5", "5 to 10", "10 to 20", "above 20")
 
 
-def f1_by_snr(evaluation: Evaluation, stars: PreparedStars) -> list[tuple[int, float]]:
-    """Number of stars and their F1 (0 of none) in each of SNR_BINS; a star's S/N is its median over the pixels."""
-    flux, ivar = stars.spectra[:].unbind(dim=1)
+def f1_by_snr(evaluation: Evaluation, spectra: Tensor) -> list[tuple[int, float]]:
+    """Number of stars and their F1 (0 of none) in each of SNR_BINS; a star's S/N is its median over the pixels.
+
+    spectra: (N, 2, 3522), flux and inverse variance.
+    """
+    flux, ivar = spectra.unbind(dim=1)
     bins = np.digitize((flux * ivar.sqrt()).median(dim=1).values, SNR_LIMITS)
     results = []
     for k in range(len(SNR_BINS)):
@@ -54,6 +57,7 @@ def as_markdown(results: pd.DataFrame) -> str:
         return "–" if np.isnan(mean) else f"{mean:{sign}.3f}" + ("" if np.isnan(error) else f" ± {error:.3f}")
 
     means, errors = by_set.mean(), by_set.sem()
+    differences.loc[overall.index == REFERENCE] = np.nan
     lines = ["| row | " + " | ".join([*means.index, "mean over sets", f"less {REFERENCE}"]) + " |"]
     lines.append("|---" * (len(means) + 3) + "|")
     for row in overall["mean"].sort_values(ascending=False).index:
@@ -89,10 +93,12 @@ def draw_snr(axes: Axes, results: pd.DataFrame) -> None:
 def report(results: pd.DataFrame, args: argparse.Namespace) -> None:
     """Write and print the table; draw the figures."""
     training, test = (count * len(CLASS_NAMES) for count in args.per_class)
-    title = f"{training} SIMULATED stars to train and to select the checkpoint, {test} held out; {args.draws} draw(s) "
-    title += f"of each set, {args.seeds} seed(s)" + "".join(f", {name}={value}" for name, value in args.fields.items())
-    table = f"{title}\n\nWeighted F1 on the held-out stars, with its standard error over draws or sets\n\n"
-    table += as_markdown(results)
+    title = f"{training} SIMULATED stars to train and to select the checkpoint, {test} held out"
+    fields = "".join(f", {name}={value}" for name, value in args.fields.items())
+    table = f"""{title}; {args.draws} draw(s) of each set, {args.seeds} seed(s){fields}.
+Weighted F1 on the held-out stars ± standard error: of a set over its draws, of means and paired differences over sets.
+
+{as_markdown(results)}"""
     with write_atomically(args.directory / "accuracy.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
     figures = {"accuracy.png": (draw_rows, (10, 1.5 + 0.35 * results["row"].nunique()))}

@@ -103,14 +103,13 @@ class HalfWeightsTrainer(Trainer):
         kept |= {network.cls_token, network.position_embedding, network.token_type_embedding.weight}
         self.weights = {name: weight for name, weight in classifier.named_parameters() if weight not in kept}
         self.halves = {name: weight.detach().bfloat16().requires_grad_() for name, weight in self.weights.items()}
-        self.shared = lambda batch: torch.func.functional_call(classifier, self.halves, (batch,))
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         with torch.no_grad():
             torch._foreach_copy_(list(self.halves.values()), list(self.weights.values()))
         for half in self.halves.values():
             half.grad = None
-        return super()._loss(batch)
+        return torch.func.functional_call(self.classifier, self.halves, (batch,))
 
     def _update(self) -> None:
         used = [name for name, half in self.halves.items() if half.grad is not None]

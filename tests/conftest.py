@@ -10,8 +10,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import SMALL, run_script  # noqa: E402
-from simulate_sdss_data import simulate  # noqa: E402
+from common import SMALL, run_script
+
+from simulate_sdss_data import simulate
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from augmentation import add_noise, augment, mix, rotate_and_flip, shift
+from augmentation import add_noise, augment, mix, rotate_and_flip, shift, tilt
 from dataset import Batch
 from preparation import SPECTRUM_LENGTH
 from recipe import IMPROVED, PAPER
@@ -84,7 +84,16 @@ def test_spectra_are_shifted_with_their_noise():
     assert places.unique().tolist() == [998, 999, 1000, 1001, 1002]
     star = int((places == 1002).nonzero()[0])
     assert torch.equal(shifted[star, :, 2:], spectra[star, :, :-2])
-    assert torch.equal(shifted[star, :, 0], spectra[star, :, 0]) and torch.equal(shifted[star, :, 1], spectra[star, :, 0])
+    assert torch.equal(shifted[star, :, :2], spectra[star, :, :1].expand(2, 2))
+
+
+def test_a_calibration_error_keeps_the_signal_to_noise():
+    spectra = batch_of(300).spectra
+    tilted = tilt(spectra, 0.1)
+    factor = (tilted[:, 0] / spectra[:, 0]).log()
+    assert torch.allclose(tilted[:, 0] ** 2 * tilted[:, 1], spectra[:, 0] ** 2 * spectra[:, 1], rtol=1e-4)
+    assert (factor[:, -1] - factor[:, 0]).std().item() == pytest.approx(2 * 0.1, rel=0.15)
+    assert factor.mean(dim=1).abs().max() < 0.01
 
 
 def test_noise_is_added_in_proportion_to_the_stars_own():

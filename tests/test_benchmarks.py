@@ -1,143 +1,153 @@
-"""The benchmarks, as a user starts them, on few stars and small budgets."""
+"""The benchmarks: the classical methods, the statistics of accuracy.py, and the scripts on few stars."""
 
 import json
 
 import accuracy
+import accuracy_report
+import classical
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from common import run_script
+from common import SHARED_DATA, run_script
 
-import data
-import train
-from model import CHECKPOINT_FORMAT, MAX_DEVIATION, FusionModel, SpectrumNormalisation, flatten_spectra
+from catalog import Star
+from cli import DataError
+from evaluation import Evaluation
+from preparation import prepare_spectrum
+from recipe import IMPROVED, PAPER
+from sdss_files import read_spectrum
 from simulate_sdss_data import simulate
 
 
+def spectra_alone(flux: np.ndarray, ivar: np.ndarray) -> classical.ObservedStars:
+    """Stars of unknown magnitudes and classes."""
+    return classical.ObservedStars(np.stack([flux, ivar], axis=1), None, None)
+
+
 @pytest.fixture(scope="module")
-def stars_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("stars") / "data"
-    simulate(directory, per_class=14, seed=3, min_snr=5)
-    return directory
+def observed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stars") / "stars"
+    simulate(directory, per_class=20, seed=3, min_snr=10, max_snr=60)
+    stars = classical.observed_stars(directory)
+    return stars[np.arange(60)], stars[np.arange(60, 100)]
 
 
-def test_accuracy_scores_networks_and_classical_methods_on_the_same_stars(stars_dir, tmp_path):
-    methods = [
-        "LDA on 32 band means",
-        "LDA on 32 band means and image colours",
-        "χ² fit to class means",
-        "χ² fit to weighted class means, continuum removed, smoothed",
-        "eigenspectra + LDA",
-        "eigenspectra + SVM",
-        "random forest on image colours",
-    ]
-    networks = ["images only", "without averaged weights", "with a pooler"]
-    options = ["--data-dir", stars_dir, "--test-split", "0.25", "--seeds", "1", "--epochs", "1"]
-    options += ["--modality", "spectrum", "--image-backbone", "resnet18", "--output-dir", tmp_path]
-    done = run_script("benchmarks/accuracy.py", *options, "--methods", *methods, *networks)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))
-    scores = {run["method"]: run["test"]["accuracy"] for run in results["runs"]}
-    assert list(scores) == methods + networks
-    assert min(scores[name] for name in methods[:6]) > 0.5
-    numbers = {"train": 38, "validation": 14, "test": 18}
-    assert results["parts"] == {part: f"{number} SIMULATED stars" for part, number in numbers.items()}
+@pytest.mark.parametrize("method", classical.methods(seed=0))
+def test_classical_methods_tell_bright_stars_apart(method, observed):
+    training, others = observed
+    predictions = classical.methods(seed=0)[method](training, others)
+    least = 0.15 if "magnitude" in method else 0.6  # one class for all: about 0.2
+    assert predictions.shape == others.targets.shape and np.mean(predictions == others.targets) > least
+
+
+def test_template_fit_leaves_bad_pixels_out_and_the_amplitude_free():
+    templates = 1 + np.random.default_rng(0).random((5, 100))
+    flux, ivar = 3 * templates[[4, 2]], np.ones((2, 100))
+    flux[:, :60], ivar[:, :60] = templates[0, :60], 0
+    fit = classical.TemplateFit(templates).fit(None, None)
+    assert fit.predict(np.stack([flux, ivar], axis=1)).tolist() == [4, 2]
+
+
+def test_spectral_indices_are_those_that_the_hammer_measured():
+    directory = SHARED_DATA / "hammer"
+    if not directory.exists():
+        pytest.skip("measured spectra are not part of the project")
+    for _, row in pd.read_csv(directory / "hammer_results.csv").iterrows():
+        mjd, plate, fiber = map(int, row.file.removeprefix("spSpec-").removesuffix(".fit").split("-"))
+        spectrum = prepare_spectrum(read_spectrum(directory / row.file, Star("", "", plate, mjd, fiber)))
+        indices = classical.spectral_indices(spectra_alone(spectrum[:1], spectrum[1:]))[0]
+        errors = indices - [row.Tio5, row.CaH2, row.CaH3]
+        assert np.all(np.abs(errors) < [0.6 * row.Tio5err, 0.001, 0.001]), row.file
+
+
+@pytest.mark.parametrize("file", classical.TEMPLATES.values())
+def test_spectral_indices_of_published_templates_fall_with_the_subclass(file):
+    if not (SHARED_DATA / file).exists():
+        pytest.skip("published templates are not part of the project")
+    templates = classical.class_templates(SHARED_DATA / file)
+    indices = classical.spectral_indices(spectra_alone(templates, np.ones_like(templates)))
+    assert np.all(np.diff(indices, axis=0) < 0)
+    subclass = 8.2 - 10.775 * indices[:, 0]  # Reid, Hawley & Gizis 1995
+    np.testing.assert_allclose(subclass, range(5), atol=1.3)
+    assert classical.TemplateFit(templates).fit(None, None).predict(
+        np.stack([templates, np.ones_like(templates)], axis=1)
+    ).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_differences_are_paired_and_their_error_is_that_over_sets():
+    index = pd.MultiIndex.from_product([["a", "b"], [0, 1], [0, 1]], names=["set", "draw", "seed"])
+    paper = pd.Series(np.linspace(0.5, 0.9, 8), index)  # runs differ much more than rows
+    gain = pd.Series([0.01, 0.03, 0.02, 0.02, 0.05, 0.05, 0.06, 0.04], index)
+    f1 = pd.DataFrame({"paper": paper, "better": paper + gain, "few": (paper + 0.1).where(index.codes[0] == 0)})
+    differences = accuracy_report.paired_differences(f1, "paper")
+    np.testing.assert_allclose(differences.loc["better"], [0.035, 0.015])  # 0.02 and 0.05
+    assert differences.loc["few", "mean"] == pytest.approx(0.1) and np.isnan(differences.loc["few", "error"])
+    assert accuracy_report.summarise(f1).loc["paper", "error"] > 0.1
+
+
+def test_f1_by_snr_counts_every_star_once(observed):
+    _, stars = observed
+    perfect = Evaluation(0.0, stars.targets, stars.targets)
+    by_snr = accuracy_report.f1_by_snr(perfect, torch.from_numpy(stars.spectra))
+    assert sum(count for count, _ in by_snr) == len(stars.targets)
+    assert by_snr[0] == (0, 0.0) and by_snr[-1][0] > 0 and by_snr[-1][1] == 1.0
+
+
+def rows(*options: str) -> dict:
+    return accuracy.choose_rows(accuracy.parse_arguments(["directory", "--rows", "networks", *options]))
+
+
+def test_an_ablation_changes_one_field():
+    chosen = rows("--ablate", "improved")
+    assert chosen["paper"] == PAPER and chosen["improved"] == IMPROVED
+    assert chosen["improved without mixup"].mixup == PAPER.mixup
+    assert chosen["paper with mixup"] == accuracy.replace(PAPER, mixup=IMPROVED.mixup)
+
+
+def test_overrides_hold_for_every_network_and_train_none_twice():
+    assert list(rows("--set", "modality=spectrum", "image_backbone=resnet18")) == ["paper", "improved"]
+    chosen = rows("--set", "num_epochs=3", "image_weights=none")
+    assert len(chosen) == len(accuracy.NETWORKS) and {recipe.num_epochs for recipe in chosen.values()} == {3}
+    with pytest.raises(SystemExit):
+        rows("--set", "mixup=7")
+    with pytest.raises(DataError, match="no row 'random tree'"):
+        accuracy.choose_rows(accuracy.parse_arguments(["directory", "--rows", "random tree"]))
+
+
+@pytest.mark.slow
+def test_accuracy_trains_compares_and_goes_on(tmp_path):
+    few = ["--sets", "simulated", "kesseli", "--draws", "1", "--seeds", "1", "--per-class", "10", "6", "--workers", "1"]
+    small = ["--set", "image_backbone=resnet18", "image_weights=none", "num_layers=1", "num_epochs=2"]
+    one = run_script("benchmarks/accuracy.py", tmp_path, *few, *small, "--rows", "paper")
+    assert one.returncode == 0, one.stderr
+    assert "the set kesseli is skipped" in one.stdout
+    chosen = ["paper", "improved, spectra only", "improved, images only", "LDA on 32 band means"]
+    more = run_script("benchmarks/accuracy.py", tmp_path, *few, *small, "--rows", *chosen)
+    assert more.returncode == 0, more.stderr
+    assert "4 runs, 3 of them to do" in more.stdout
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(result["row"] for result in results) == sorted(chosen)
+    assert {result["recipe"]["num_epochs"] for result in results if result["recipe"]} == {2}
+    assert all(0 <= result["last_f1"] <= 1 and result["best_epoch"] in (1, 2) for result in results if result["recipe"])
     table = (tmp_path / "accuracy.md").read_text(encoding="utf-8")
-    assert all(f"| {method} |" in table for method in scores) and "SIMULATED" in table
-    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    assert [run["device"] for run in results["runs"]] == ["cpu"] * len(methods) + [device] * len(networks)
-    assert sum(row.endswith("| cpu |") for row in table.splitlines()) >= len(methods)
+    assert all(f"| {row} |" in table for row in chosen) and "SIMULATED" in table and "last epoch" in table
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000 and (tmp_path / "snr.png").stat().st_size > 10_000
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["stars"]
 
-    again = run_script("benchmarks/accuracy.py", *options, "--methods", *methods[:1], "--seeds", "1", "2")
-    assert again.returncode == 0, again.stderr
-    runs = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))["runs"]
-    assert runs[:-1] == results["runs"] and (runs[-1]["method"], runs[-1]["seed"]) == (methods[0], 2)
-
-    other = run_script("benchmarks/accuracy.py", *options[:-2], "--epochs", "2", "--output-dir", tmp_path)
-    assert other.returncode == 1 and "of another experiment" in other.stderr.splitlines()[-1]
-    assert results["settings"]["network"] == CHECKPOINT_FORMAT
-    with pytest.raises(data.DataError, match="of another experiment"):
-        accuracy.open_results(tmp_path / "accuracy.json", results["settings"] | {"network": "that of another version"})
+    with open(tmp_path / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"row": "pap')
+    damaged = run_script("benchmarks/accuracy.py", tmp_path, *few, *small)
+    assert damaged.returncode == 1 and "results.jsonl, line 5: not a result" in damaged.stderr
 
 
-def test_data_speed_has_each_figure_beside_its_yardstick(tmp_path):
-    options = ["--stars", "200", "--cached", "100", "--many", "200", "--steps", "2", "--image-backbone", "resnet18"]
-    done = run_script("benchmarks/data_speed.py", *options, "--work-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("|")][2:]
-    assert len(table) == 8
-    ratios = [float(row[3].strip("×| ")) for row in table if "×" in row[3]]
-    assert len(ratios) == 4 and min(ratios) > 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_download_speed_keeps_to_its_connections(tmp_path):
+@pytest.mark.slow
+def test_download_speed_keeps_to_its_connections():
     options = ["--stars", "12", "--yardstick-stars", "2", "--latency", "0.02", "--workers", "3", "--image-rate", "50"]
     done = run_script("benchmarks/download_speed.py", *options)
     assert done.returncode == 0, done.stderr
-    table = {row[1]: row[2:] for row in (line.split("|") for line in done.stdout.splitlines()) if len(row) > 2}
-    assert table[" requests "][0].strip() == "24" and int(table[" most connections open "][0]) <= 3
-    assert float(table[" cutouts asked for, a second "][0]) <= 55
-
-
-def test_accuracy_asks_which_stars_to_score_on(stars_dir):
-    done = run_script("benchmarks/accuracy.py", "--data-dir", stars_dir)
-    assert done.returncode == 2 and "--test-dir DIR or --test-split FRACTION" in done.stderr
-
-
-def with_ablation(name: str, steps: int = 3) -> tuple[FusionModel, FusionModel, torch.optim.Optimizer]:
-    """A small network after a few steps of training with that part left out, its running mean, and the optimiser."""
-    with accuracy.ABLATIONS[name]:
-        network = train.FusionModel(modality="spectrum", hidden_size=64, num_layers=1)
-        optimizer, scheduler = train.make_optimizer(network, 1e-3, epochs=1, steps_per_epoch=steps)
-        averaged, update_average = train.running_mean(network, steps)
-        for _ in range(steps):
-            _, logits = network(torch.randn(4, data.SPECTRUM_LENGTH), None)
-            logits.square().sum().backward()
-            optimizer.step()
-            scheduler.step()
-            update_average()
-    return network, averaged, optimizer
-
-
-def test_ablations_leave_out_what_they_name():
-    network, averaged, optimizer = with_ablation("without position embeddings")
-    assert not network.position_embedding.any() and not averaged.position_embedding.any()
-    assert network.cls_token.any() and optimizer.param_groups[0]["lr"] < 1e-3
-    network, averaged, optimizer = with_ablation("Adam at a constant 1e-4")
-    assert type(optimizer) is torch.optim.Adam and {group["lr"] for group in optimizer.param_groups} == {1e-4}
-    assert network.position_embedding.any()
-    network, averaged, optimizer = with_ablation("with a pooler")
-    pooler, cls_output = network.classifier.pooler, torch.randn(2, 64)
-    assert pooler.weight.grad.any() and pooler.weight in optimizer.state
-    expected = torch.tanh(cls_output @ pooler.weight.T + pooler.bias) @ network.classifier.weight.T
-    torch.testing.assert_close(network.classifier(cls_output), expected + network.classifier.bias)
-    normalisation, spectra = SpectrumNormalisation(), 1 + torch.rand(2, data.SPECTRUM_LENGTH)
-    normalisation.fit(1 + torch.rand(30, data.SPECTRUM_LENGTH))
-    seen, coefficients = normalisation(spectra)
-    with accuracy.ABLATIONS["without eigenspectra"]:
-        whole, none = normalisation(spectra)
-    expected = (flatten_spectra(spectra, normalisation.continuum_basis) - normalisation.mean) / normalisation.std
-    torch.testing.assert_close(whole, expected.clamp(-MAX_DEVIATION, MAX_DEVIATION))
-    assert not torch.allclose(seen, whole, atol=1.0)
-    assert coefficients.all() and none.shape == coefficients.shape and not none.any()
-    network, averaged, _ = with_ablation("without coefficients in [CLS]")
-    assert not network.coefficient_encoder.weight.any() and not averaged.coefficient_encoder.weight.any()
-
-
-def test_accuracy_refuses_to_leave_out_what_is_not_there(stars_dir):
-    options = ["--data-dir", stars_dir, "--test-split", "0.2", "--modality", "spectrum"]
-    done = run_script("benchmarks/accuracy.py", *options, "--methods", "without turned images")
-    assert done.returncode == 2 and "without turned images: nothing to leave out" in done.stderr
-
-
-def test_noisier_spectra_count_for_less_in_weighted_class_means():
-    rng = np.random.default_rng(0)
-    y, noise = np.repeat([0, 1], 40), np.tile([0.01, 1.0], 40)
-    X = (1.0 + y)[:, None] + noise[:, None] * rng.standard_normal((80, 500))
-    errors = [
-        np.abs(accuracy.TemplateFit().fit(X, y, weights).templates_ - [[1.0], [2.0]]).mean()
-        for weights in (noise**-2.0, None)
-    ]
-    assert errors[0] < 0.05 * errors[1]
+    table = {
+        row[1].strip(): row[2].strip() for row in (line.split("|") for line in done.stdout.splitlines()) if row[1:]
+    }
+    assert table["requests"] == "24" and int(table["most connections open"]) <= 3
+    assert float(table["cutouts a second"]) <= 55

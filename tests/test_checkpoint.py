@@ -85,7 +85,7 @@ def spoil(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
         (spoil(lambda c: c["weights"].popitem()), "its weights are not those of its network"),
     ],
 )
-def test_another_file_is_refused_and_nothing_in_it_is_executed(tmp_path, monkeypatch, checkpoint_bytes, change, message):
+def test_another_file_is_refused_and_not_executed(tmp_path, monkeypatch, checkpoint_bytes, change, message):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "wrong.pth"
     path.write_bytes(change(checkpoint_bytes))

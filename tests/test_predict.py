@@ -1,7 +1,8 @@
-"""predict.py as a user starts it, on simulated stars whose labels it does not see."""
+"""predict.py on simulated stars whose labels it does not see."""
 
 import csv
-import shlex
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,229 +13,243 @@ import pytest
 import torch
 from astropy.io import fits
 from common import ROOT, run_script
-from PIL import Image
+from untrained import save_untrained
 
-import data
 import predict
-import train
-from data import DataError
-from model import load_checkpoint
-from simulate_sdss_data import simulate
-
-SMALL = ("--image-backbone", "resnet18", "--image-weights", "none", "--batch-size", "16", "--num-workers", "1")
+from cache import read_stars
+from catalog import CLASS_NAMES, Star, read_catalog
+from checkpoint import load_checkpoint
+from cli import DataError, file_lock
+from dataset import Batch
+from prediction import COLUMNS
+from star_files import catalog_path, cutout_path, spectrum_path
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """A checkpoint of each modality, after one epoch on the same 60 stars."""
-    stars, paths = tmp_path_factory.mktemp("trained") / "stars", {}
-    simulate(stars, per_class=12, seed=7)
-    for modality in ("fusion", "spectrum", "image"):
-        output = stars.parent / modality
-        options = ("--data-dir", stars, "--output-dir", output, "--modality", modality, "--epochs", 1)
-        train.main([str(option) for option in (*options, *SMALL)])
-        [paths[modality]] = (output / "checkpoints").glob("*.pth")
-    return paths
+def checkpoints(stars_dir, tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint for each modality."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    modalities = ("fusion", "spectrum", "image")
+    return {modality: save_untrained(directory / f"{modality}.pth", stars_dir, modality) for modality in modalities}
 
 
 @pytest.fixture
-def own_dir(tmp_path) -> Path:
+def own_dir(stars_dir, tmp_path) -> Path:
     """Ten stars that a test may spoil."""
-    simulate(tmp_path / "stars", per_class=2, seed=9)
+    stars = read_catalog(catalog_path(stars_dir))[0][:10]
+    for star in stars:
+        for path_of in (spectrum_path, cutout_path):
+            path = path_of(tmp_path / "stars", star)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path_of(stars_dir, star), path)
+    write_catalog(tmp_path / "stars", stars)
     return tmp_path / "stars"
 
 
-def read_rows(output: Path) -> list[dict[str, str]]:
+def write_catalog(data_dir: Path, stars: list[Star]) -> None:
+    with open(catalog_path(data_dir), "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([Star._fields, *stars])
+
+
+def catalog(data_dir: Path) -> list[Star]:
+    return read_catalog(catalog_path(data_dir))[0]
+
+
+def run(checkpoint: Path, data_dir: Path, output: Path, *options: object) -> list[dict[str, str]]:
+    """The rows that predict.py writes, in this process: the start of a new one takes longer than the stars."""
+    words = (checkpoint, "--data-dir", data_dir, "--output", output, "--num-workers", 1, *options)
+    predict.main(predict.parse_arguments([str(word) for word in words]))
     with open(output, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def run_here(checkpoint: Path, data_dir: Path, output: Path, *options: object) -> list[dict[str, str]]:
-    """The rows that predict.py writes, in this process: the start of a new one takes longer than the stars."""
-    predict.main([str(word) for word in (checkpoint, "--data-dir", data_dir, "--output", output, *options)])
-    return read_rows(output)
+@pytest.fixture
+def classified(monkeypatch) -> list[int]:
+    """Chunks of four stars; the number of stars in each that is classified from now on."""
+    counts, classify = [], predict.classify
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    monkeypatch.setattr(predict, "classify", lambda *args: counts.append(len(args[2])) or classify(*args))
+    return counts
 
 
-def write_catalog(data_dir: Path, stars: list[data.Star], subclasses: list[str] | None) -> None:
-    """An objects.csv with these words in the column subclass, or without it."""
-    rows = [["name", "plate", "mjd", "fiberID", *["subclass"] * (subclasses is not None)]]
-    for k, star in enumerate(stars):
-        rows.append([star.name, star.plate, star.mjd, star.fiberID, *(subclasses[k : k + 1] if subclasses else [])])
-    data.catalog_path(data_dir).write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
-
-
-def read_stars(data_dir: Path) -> list[data.Star]:
-    return data.read_catalog(data.catalog_path(data_dir))[0]
+# Predictions
 
 
 @pytest.mark.parametrize("subclasses", [None, [""] * 5 + ["K7", "sdM3", "?", "M9", "../.."]])
-def test_stars_without_label_wherever_their_files_lie(checkpoints, own_dir, tmp_path, subclasses):
-    stars = read_stars(own_dir)
-    inputs = [(data.load_spectrum(own_dir, star), data.load_cutout(own_dir, star)) for star in stars]
+def test_stars_without_label_wherever_their_files_lie(checkpoints, own_dir, tmp_path, subclasses, capsys):
+    stars = catalog(own_dir)
+    prepared, _ = read_stars(own_dir, "fusion", 1)
     for k, star in enumerate(stars):  # directly in spectra/ and images/, in a folder of any name, or in a wrong class
-        for path in (data.spectrum_path(own_dir, star), data.cutout_path(own_dir, star)):
+        for path in (spectrum_path(own_dir, star), cutout_path(own_dir, star)):
             folder = path.parent.parent / ("", "unknown", "M4")[k % 3]
             folder.mkdir(exist_ok=True)
             path.rename(folder / path.name)
-    write_catalog(own_dir, stars, subclasses)
+    rows = [["name", "plate", "mjd", "fiberID", *["subclass"] * (subclasses is not None)]]
+    for k, star in enumerate(stars):
+        rows.append([star.name, star.plate, star.mjd, star.fiberID, *(subclasses[k : k + 1] if subclasses else [])])
+    catalog_path(own_dir).write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
 
-    options = ("--data-dir", own_dir, "--output", tmp_path / "p.csv")
-    done = run_script("predict.py", checkpoints["fusion"], *options)
+    rows = run(checkpoints["fusion"], own_dir, tmp_path / "p.csv")
 
-    assert done.returncode == 0, done.stderr
-    rows = read_rows(tmp_path / "p.csv")
     assert [row["name"] for row in rows] == [star.name for star in stars]
-    model, _ = load_checkpoint(checkpoints["fusion"])
-    with torch.inference_mode():  # as README.md shows
-        specs, imgs = (torch.from_numpy(np.stack(column)) for column in zip(*inputs, strict=True))
-        expected = model(specs, imgs)[1].softmax(dim=1).numpy()
-    for row, probabilities in zip(rows, expected, strict=True):
-        found = np.array([float(row[f"p_{name}"]) for name in data.CLASS_NAMES])
-        assert found == pytest.approx(probabilities, abs=1e-4)
-        assert row["predicted_subclass"] == data.CLASS_NAMES[found.argmax()]
+    classifier, _ = load_checkpoint(checkpoints["fusion"])
+    with torch.inference_mode():
+        logits = classifier(Batch(prepared.spectra[:], prepared.images[:], prepared.targets))[2]
+    for row, probabilities in zip(rows, logits.softmax(dim=1).numpy(), strict=True):
+        found = np.array([float(row[f"p_{name}"]) for name in CLASS_NAMES])
+        assert found == pytest.approx(probabilities, abs=2e-5)
+        assert row["predicted_subclass"] == CLASS_NAMES[found.argmax()]
         assert float(row["expected_subclass"]) == pytest.approx(found @ np.arange(5), abs=2e-3)
         variance = found @ np.arange(5) ** 2 - (found @ np.arange(5)) ** 2
         assert float(row["expected_subclass_std"]) == pytest.approx(variance**0.5, abs=5e-3)
-        assert (row["catalog_subclass"], row["inputs"], row["problem"]) == ("", "spectrum+image", "")
-        assert row["simulated"] == "True" and float(row["unlikeness"]) > 0
-    assert "10 SIMULATED stars, 10 of them classified" in done.stdout
+        assert (row["catalog_subclass"], row["problem"], row["simulated"]) == ("", "", "True")
+        assert (row["is_outlier"] == "True") == (float(row["outlier_score"]) > 1)
+    assert "10 SIMULATED stars, 10 of them classified" in capsys.readouterr().out
 
 
-def test_the_command_that_draws_the_least_certain_runs_as_it_stands(checkpoints, own_dir, tmp_path, capsys):
-    rows = run_here(checkpoints["spectrum"], own_dir, tmp_path / "p.csv", "--least-certain", 3)
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    certainty = {row["name"]: float(row[f"p_{row['predicted_subclass']}"]) for row in rows}
-    assert words[:2] == ["python", "show_star.py"] and words[2:5] == sorted(certainty, key=certainty.get)[:3]
-    done = subprocess.run([sys.executable, *words[1:], "--output-dir", tmp_path / "plots"], cwd=ROOT)
-    assert done.returncode == 0
-    drawn = {f"star_{star.spectrum_id}.png" for star in read_stars(own_dir) if star.name in words[2:5]}
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == drawn
+def test_labels_of_the_catalogue_and_training_stars_are_named(checkpoints, own_dir, tmp_path, capsys):
+    rows = run(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
+    assert [row["catalog_subclass"] for row in rows] == [star.subclass for star in catalog(own_dir)]
+    assert "10 of them were used for training or checkpoint selection" in capsys.readouterr().out
 
 
-WAVELENGTH = 10 ** (np.arange(36_000, 39_600) * 1e-4)  # Å
-
-
-def blackbody(kelvin: float, redshift: float = 0.0) -> np.ndarray:
-    wavelength = WAVELENGTH / (1 + redshift)
-    flux = wavelength**-5 / np.expm1(1.4388e8 / (wavelength * kelvin))
-    return flux / np.median(flux)
-
-
-def galaxy(redshift: float) -> np.ndarray:
-    """An early-type galaxy: old stars, the break at 4000 Å, Ca H and K, the G band, Mg and Na."""
-    rest, flux = WAVELENGTH / (1 + redshift), blackbody(4800, redshift)
-    for line, width, depth in ((3934, 12, 0.5), (3968, 12, 0.5), (4304, 20, 0.3), (5175, 25, 0.25), (5893, 10, 0.2)):
-        flux = flux * (1 - depth * np.exp(-0.5 * ((rest - line) / width) ** 2))
-    return flux * np.where(rest < 4000, 0.55, 1)
-
-
-def overwrite_spectrum(path: Path, flux: np.ndarray) -> None:
-    """Put another object's light into a star's file."""
-    with fits.open(path) as hdus:
-        header = hdus[0].header
-    columns = {"flux": flux, "loglam": np.log10(WAVELENGTH), "ivar": np.ones(len(flux))}
-    table = [fits.Column(name, "D" if name == "loglam" else "E", array=array) for name, array in columns.items()]
-    fits.HDUList([fits.PrimaryHDU(header=header), fits.BinTableHDU.from_columns(table)]).writeto(path, overwrite=True)
-
-
-def test_other_objects_are_flagged_and_ordinary_stars_rarely(checkpoints, own_dir, tmp_path, capsys):
-    simulate(tmp_path / "fresh", per_class=20, seed=8)
-    rows = run_here(checkpoints["fusion"], tmp_path / "fresh", tmp_path / "fresh.csv")
-    flagged = np.mean([row["unlike_training"] == "True" for row in rows])
-    assert flagged <= 0.12  # 0.5 % is meant; with 48 training stars the limit is a rough one
-    assert all((row["unlike_training"] == "True") == (float(row["unlikeness"]) > 1) for row in rows)
-    assert ("unlike the training stars" in capsys.readouterr().out) == (flagged > 0)
-
-    random = np.random.default_rng(0)
-    shapes = [blackbody(10_000), blackbody(6000), galaxy(0.1), galaxy(0.3), np.ones(len(WAVELENGTH))]
-    fluxes = [20 * (shape + random.normal(0, 1 / snr, len(shape))) for shape in shapes for snr in (5, 20)]
-    fluxes[-1] = random.normal(0.05, 1, len(WAVELENGTH))  # white noise
-    for star, flux in zip(read_stars(own_dir), fluxes, strict=True):
-        overwrite_spectrum(data.spectrum_path(own_dir, star), flux)
-    for modality in ("spectrum", "fusion"):
-        rows = run_here(checkpoints[modality], own_dir, tmp_path / "odd.csv")
-        assert all(row["unlike_training"] == "True" for row in rows)
-        assert "unlike the training stars: 10 (" in capsys.readouterr().out
-
-
-def test_an_image_of_something_else_is_flagged(checkpoints, own_dir, tmp_path):
-    y, x = np.mgrid[:128, :128] - 63.5
-    radius = np.hypot(x, y) * data.CUTOUT_SCALE
-    profiles = (15 + 180 * np.exp(-radius / 4), 255 - radius)  # a galaxy's disc, a bleeding star
-    changed = read_stars(own_dir)[:2]
-    for star, profile in zip(changed, profiles, strict=True):
-        pixels = np.repeat(profile[..., None], 3, axis=2).astype(np.uint8)
-        Image.fromarray(pixels).save(data.cutout_path(own_dir, star), quality=95)
-    for modality in ("image", "fusion"):
-        rows = run_here(checkpoints[modality], own_dir, tmp_path / "odd.csv")
-        assert [row["unlike_training"] for row in rows[:2]] == ["True", "True"]
-        assert np.mean([row["unlike_training"] == "True" for row in rows[2:]]) <= 0.3
-
-
-def test_what_is_missing_or_damaged_is_said_of_its_star(checkpoints, own_dir, tmp_path, capsys):
-    stars = read_stars(own_dir)
-    data.cutout_path(own_dir, stars[0]).unlink()
-    data.spectrum_path(own_dir, stars[1]).unlink()
-    damaged = data.spectrum_path(own_dir, stars[2])
+def test_a_problem_is_named_in_its_stars_row(checkpoints, own_dir, tmp_path, capsys):
+    stars = catalog(own_dir)
+    cutout_path(own_dir, stars[0]).unlink()
+    spectrum_path(own_dir, stars[1]).unlink()
+    damaged = spectrum_path(own_dir, stars[2])
     damaged.write_bytes(damaged.read_bytes()[:9000])
+    misplaced = spectrum_path(own_dir, stars[3])
+    fits.setval(misplaced, "PLUG_DEC", value=stars[3].dec + 0.1)
 
-    rows = run_here(checkpoints["fusion"], own_dir, tmp_path / "p.csv")
+    rows = run(checkpoints["fusion"], own_dir, tmp_path / "p.csv")
     assert [row["problem"] for row in rows[:2]] == ["no image", "no spectrum"]
     assert str(damaged) in rows[2]["problem"] and "truncated" in rows[2]["problem"]
-    assert all(
-        row["predicted_subclass"] == row["inputs"] == row["p_M0"] == row["unlikeness"] == "" for row in rows[1:3]
-    )
-    # Training has shown it spectra without image, not the reverse.
-    assert rows[0]["inputs"] == "spectrum" and rows[0]["predicted_subclass"] and rows[0]["unlikeness"]
-    assert all(row["inputs"] == "spectrum+image" and not row["problem"] for row in rows[3:])
+    assert rows[3]["problem"] == f"{misplaced}: the catalogue places it 0.1° from where its spectrum was taken"
+    for row in rows[:4]:
+        assert row["predicted_subclass"] == row["p_M0"] == row["outlier_score"] == row["is_outlier"] == ""
+    assert all(row["predicted_subclass"] and not row["problem"] for row in rows[4:])
     printed = capsys.readouterr().out
-    assert "8 of them classified" in printed and "not classified: 1 (no spectrum)" in printed
+    assert "6 of them classified" in printed and "not classified: 1 (no spectrum)" in printed
 
-    # A network of one modality asks for nothing else.
-    rows = run_here(checkpoints["image"], own_dir, tmp_path / "p.csv")
-    assert [row["inputs"] for row in rows] == [""] + ["image"] * 9 and rows[2]["problem"] == ""
-    assert rows[3]["simulated"] == "True"
+    rows = run(checkpoints["image"], own_dir, tmp_path / "p.csv")  # but a spectrum still says where it was taken
+    assert [bool(row["problem"]) for row in rows] == [True, False, False, True, *[False] * 6]
     shutil.rmtree(own_dir / "images")
-    rows = run_here(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
-    assert [row["inputs"] for row in rows] == ["spectrum", "", "", *["spectrum"] * 7] and rows[0]["problem"] == ""
-
-    shutil.rmtree(own_dir / "spectra")
-    with pytest.raises(DataError, match="none of its 10 stars can be classified: this network reads spectrum and im"):
-        run_here(checkpoints["fusion"], own_dir, tmp_path / "none.csv")
+    rows = run(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
+    assert [bool(row["problem"]) for row in rows] == [False, True, True, True, *[False] * 6]
+    with pytest.raises(DataError, match="none of its 10 stars has the files that this network reads, of spectra and i"):
+        run(checkpoints["fusion"], own_dir, tmp_path / "none.csv")
     assert not (tmp_path / "none.csv").exists()
 
 
-def test_labels_of_the_catalogue_and_training_stars_are_told(checkpoints, tmp_path, capsys):
-    stars_dir = checkpoints["spectrum"].parent.parent.parent / "stars"
-    rows = run_here(checkpoints["spectrum"], stars_dir, tmp_path / "p.csv", "--least-certain", 0)
-    printed = capsys.readouterr().out
-    assert [row["catalog_subclass"] for row in rows] == [star.subclass for star in read_stars(stars_dir)]
-    assert "trained on, or chosen by, 60 of them" in printed and "show_star.py" not in printed
+# The table
+
+
+def test_an_interrupted_run_goes_on_where_it_was(checkpoints, own_dir, tmp_path, classified, monkeypatch, capsys):
+    whole = run(checkpoints["fusion"], own_dir, tmp_path / "whole.csv")
+    assert classified == [4, 4, 2]
+    output, classify = tmp_path / "p.csv", predict.classify
+
+    def interrupted_run() -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            classify_once = iter([classify])
+            patch.setattr(predict, "classify", lambda *args: next(classify_once, stop)(*args))
+            run(checkpoints["fusion"], own_dir, output)
+        classified.clear()
+
+    def stop(*args) -> None:
+        raise KeyboardInterrupt
+
+    interrupted_run()
+    assert not output.exists()
+    assert run(checkpoints["fusion"], own_dir, output) == whole
+    assert classified == [4, 2] and "1 of 3 parts" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"stars", "whole.csv", "p.csv"}
+
+    interrupted_run()
+    run(checkpoints["spectrum"], own_dir, output)
+    assert classified == [4, 4, 2]
+    interrupted_run()
+    os.utime(cutout_path(own_dir, catalog(own_dir)[0]), (1, 1))
+    run(checkpoints["fusion"], own_dir, output)
+    assert classified == [4, 4, 2]
+
+
+def test_worker_processes_give_the_same_rows(checkpoints, own_dir, tmp_path, classified, monkeypatch):
+    monkeypatch.setattr(predict, "FEW_STARS", 0)
+    rows = run(checkpoints["fusion"], own_dir, tmp_path / "one.csv")
+    assert rows == run(checkpoints["fusion"], own_dir, tmp_path / "two.csv", "--num-workers", 2)
+
+
+TORCHRUN = """
+import predict
+predict.CHUNK = 4
+predict.run_as_script(lambda: predict.main(predict.parse_arguments()))
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_stars_and_one_writes_the_table(checkpoints, own_dir, tmp_path, classified):
+    rows = run(checkpoints["fusion"], own_dir, tmp_path / "p.csv")
+    (tmp_path / "script.py").write_text(TORCHRUN)
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    )
+    words = (tmp_path / "script.py", checkpoints["fusion"], "--data-dir", own_dir, "--output", tmp_path / "shared.csv")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, (*torchrun, *words))], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "shared.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == rows
+    assert done.stdout.count("10 SIMULATED stars, 10 of them classified") == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_first_star(checkpoints, own_dir, tmp_path, classified):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "p.csv", tmp_path):
+        with pytest.raises(OSError, match=r"Not a directory|Is a directory"):
+            run(checkpoints["spectrum"], own_dir, output)
+    folder = tmp_path / ".p.csv.partial"
+    folder.mkdir()
+    with (
+        file_lock(folder / "lock", timeout=0),
+        pytest.raises(DataError, match=r"p\.csv: another predict\.py is writing"),
+    ):
+        run(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
+    assert not classified
 
 
 def test_only_an_earlier_output_is_replaced(checkpoints, own_dir, tmp_path):
     output = tmp_path / "p.csv"
-    assert run_here(checkpoints["spectrum"], own_dir, output) != run_here(checkpoints["image"], own_dir, output)
+    assert run(checkpoints["spectrum"], own_dir, output) != run(checkpoints["image"], own_dir, output)
+    assert output.read_text().splitlines()[0] == ",".join(COLUMNS)
     output.write_text("name,notes\nBarnard,mine\n")
     with pytest.raises(DataError, match="this script did not write it"):
-        run_here(checkpoints["spectrum"], own_dir, output)
+        run(checkpoints["spectrum"], own_dir, output)
     assert output.read_text() == "name,notes\nBarnard,mine\n"
 
 
-def test_a_checkpoint_that_does_not_know_its_training_stars(checkpoints, own_dir, tmp_path, capsys):
-    checkpoint = torch.load(checkpoints["spectrum"], weights_only=True)
-    assert checkpoint.pop("references").keys() == {"spectrum"}
-    torch.save(checkpoint, tmp_path / "old.pth")
-    rows = run_here(tmp_path / "old.pth", own_dir, tmp_path / "p.csv")
-    assert all(row["predicted_subclass"] and row["unlikeness"] == row["unlike_training"] == "" for row in rows)
-    assert "unlikeness is empty" in capsys.readouterr().out
+# The scripts
 
 
 def test_errors_are_one_line(own_dir, tmp_path):
     (tmp_path / "notes.pth").write_text("not a checkpoint")
     done = run_script("predict.py", "notes.pth", "--data-dir", own_dir, cwd=tmp_path)
-    assert done.returncode == 1 and not (tmp_path / "predictions.csv").exists()
+    assert done.returncode == 1 and not list(tmp_path.glob("*predictions*"))
     assert done.stderr.startswith("predict.py: error: notes.pth: damaged, or not a file of PyTorch weights")
     assert len(done.stderr.splitlines()) == 1
-    help_ = run_script("predict.py", "--help").stdout
-    assert "--least-certain 20" in help_ and "expected_subclass" in help_
+
+
+@pytest.mark.parametrize("script", ["predict.py", "show_star.py", "show_history.py"])
+def test_help_is_there_at_once_on_any_terminal(script):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = run_script(script, "--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and f"python {script}" in done.stdout
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1

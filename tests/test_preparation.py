@@ -11,8 +11,16 @@ from common import SHARED_DATA
 
 from catalog import Star
 from cli import DataError
-from preparation import FIRST_PIXEL, SPECTRUM_LENGTH, WAVELENGTH, Standardisation, noise_of, prepare_cutout
-from preparation import prepare_spectrum, smooth
+from preparation import (
+    FIRST_PIXEL,
+    SPECTRUM_LENGTH,
+    WAVELENGTH,
+    Standardisation,
+    noise_of,
+    prepare_cutout,
+    prepare_spectrum,
+    smooth,
+)
 from recipe import PAPER
 from sdss_files import Spectrum, read_spectrum
 
@@ -140,8 +148,8 @@ def test_the_network_sees_deviations_from_the_mean_spectrum_over_one_scale():
     spectra, _ = stars_of_bands(100, noise=0.1)
     standardise = fitted(spectra)
     specs, imgs = standardise(spectra, None)
-    flux = spectra[:, 0]
-    assert imgs is None and torch.allclose(specs, (flux - flux.mean(dim=0)) / flux.sub(flux.mean(dim=0)).std(), atol=0.01)
+    deviations = spectra[:, 0] - spectra[:, 0].mean(dim=0)
+    assert imgs is None and torch.allclose(specs, deviations / deviations.std(), atol=0.01)
     assert specs.mean(dim=0).abs().max() < 1e-4 and specs.std().item() == pytest.approx(1, abs=0.01)
     assert {"mean", "scale"} <= standardise.state_dict().keys()  # they travel with the weights
 
@@ -216,3 +224,10 @@ def test_eigenspectra_keep_what_tells_stars_apart_and_little_noise():
     assert (specs - expected).std() < 0.15 * noise
     few = fitted(stars_of_bands(3, noise=0.05)[0], num_eigenspectra=5).eigenspectra
     assert few.any(dim=0).tolist() == [True, True, False, False, False]  # three stars differ in two directions
+
+
+def test_coefficients_of_eigenspectra_may_have_equal_variances():
+    spectra, _ = stars_of_bands(120, noise=0.05)
+    standardise = fitted(spectra, num_eigenspectra=3, whiten=1)
+    coefficients = standardise(spectra, None)[0] @ standardise.eigenspectra
+    assert coefficients.std(dim=0).tolist() == pytest.approx([(SPECTRUM_LENGTH / 3) ** 0.5] * 3, rel=0.05)

@@ -1,6 +1,6 @@
 """train.py on simulated stars, with a small ResNet and one layer of the Transformer.
 
-    python -m pytest -m slow tests/test_train.py       the demo, a full disk, a long run
+python -m pytest -m slow tests/test_train.py       the demo, a full disk, a long run
 """
 
 import json
@@ -11,21 +11,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import ROOT, SMALL, command, heed_ctrl_c, run_script
+from common import ROOT, SMALL, command, heed_ctrl_c, random_stars, run_script
 from PIL import Image
 
 import train
 import trainer
-from catalog import CLASS_NAMES, read_catalog
+from catalog import read_catalog
+from classifier import Classifier
 from cli import DataError
+from dataset import StarLoader
 from evaluation import Evaluation
+from preparation import Standardisation
+from recipe import PAPER
 from simulate_sdss_data import simulate
 from star_files import catalog_path, spectrum_path
 from train_options import parse_arguments
@@ -76,8 +80,9 @@ def test_the_history_has_the_keys_of_the_earlier_reproduction(finished):
 def test_the_record_has_every_choice_and_star(finished):
     (record,) = read_history(finished.directory)
     config, final = record["config"], record["final_metrics"]
-    assert (config["recipe"], config["image_backbone"], config["mixup"]) == ("paper", "resnet18", 0.0)
-    assert torch.load(finished.checkpoint, weights_only=True)["recipe"].items() <= config.items() | {("recipe", "paper")}
+    assert config["recipe"] == "paper"
+    for name, choice in torch.load(finished.checkpoint, weights_only=True)["recipe"].items():
+        assert config[name] == choice
     assert sum(sum(counts.values()) for counts in config["stars_by_class_and_split"].values()) == 5 * PER_CLASS
     assert config["simulated_stars"] == 5 * PER_CLASS and config["stars"] == f"{5 * PER_CLASS} SIMULATED stars"
     assert config["versions"]["torch"] == torch.__version__
@@ -132,12 +137,35 @@ def test_the_best_checkpoint_is_the_epoch_of_the_highest_f1(stars_dir, tmp_path,
         written.append(contents["epoch"])
         save_checkpoint(path, *arguments, **contents)
 
+    monkeypatch.setattr(train, "train_one_epoch", lambda *arguments: 1.0)
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "save_checkpoint", save)
     train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 6, "--quiet")
     assert written == [1, 2, 4]
     assert read_history(tmp_path)[0]["final_metrics"]["best_epoch"] == 4
     assert torch.load(checkpoint_of(tmp_path), weights_only=True)["epoch"] == 4
+
+
+def test_the_demo_is_the_papers_recipe_from_random_weights():
+    args = parse_arguments(train.__doc__, ["--demo"])
+    assert args.recipe == replace(PAPER, num_epochs=args.recipe.num_epochs, image_weights="none")
+    assert (args.data_dir, args.output_dir) == (Path("demo/stars"), Path("demo"))
+
+
+def test_spectra_are_standardised_by_the_training_stars_alone():
+    prepared, rows, recipe = random_stars(4), np.arange(0, 20, 2), replace(PAPER, modality="spectrum")
+    expected = Standardisation(recipe)
+    expected.fit(prepared.spectra[rows])
+    assert torch.equal(train.make_classifier(recipe, "fp32", prepared, rows).standardise.mean, expected.mean)
+
+
+def test_averaged_weights_get_batch_norms_of_the_training_stars():
+    recipe = replace(PAPER, image_backbone="resnet18", num_layers=1, batch_size=10)
+    prepared, classifier = random_stars(4), Classifier(recipe)
+    train.measure_batch_norms(classifier, StarLoader(prepared, np.arange(20), torch.device("cpu")), seed=0)
+    convolution, norm = classifier.network.image_encoder.model[:2]
+    expected = convolution(classifier.standardise(None, prepared.images)[1]).mean(dim=(0, 2, 3))
+    assert torch.allclose(norm.running_mean, expected, atol=1e-4)
 
 
 def test_improved_runs_too(stars_dir, tmp_path):
@@ -288,7 +316,7 @@ def test_a_killed_run_is_resumed_as_if_never_stopped(stars_dir, tmp_path, whole)
     assert len(left) == 4 and not any("last_state" in name or "partial" in name for name in left), left
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_is_recorded_and_can_go_on(stars_dir, tmp_path, whole, number):
     """Ctrl-C and a scheduler's SIGTERM, also in the first minute, before a state has been written."""
     options = ("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 3)
@@ -303,17 +331,20 @@ def test_an_interrupted_run_is_recorded_and_can_go_on(stars_dir, tmp_path, whole
     assert_same_run(whole, tmp_path)
 
 
-@pytest.fixture
-def stopped(stars_dir, tmp_path, monkeypatch) -> Path:
-    """The output of a run that Ctrl-C ended after its first epoch."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "is_best", lambda *arguments, best=iter([True]): next(best, None) or interrupt())
-        train_here("--data-dir", stars_dir, "--output-dir", tmp_path / "out", *SPECTRUM)
-    return tmp_path / "out"
+@pytest.fixture(scope="module")
+def stopped(stars_dir, tmp_path_factory) -> Path:
+    """The output of a run that Ctrl-C ended in its second epoch."""
+    directory, train_one_epoch = tmp_path_factory.mktemp("stopped"), train.train_one_epoch
 
+    def train_or_stop(*arguments) -> float:
+        if arguments[2] == 2:
+            raise KeyboardInterrupt
+        return train_one_epoch(*arguments)
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_one_epoch", train_or_stop)
+        train_here("--data-dir", stars_dir, "--output-dir", directory, *SPECTRUM)
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -330,22 +361,21 @@ def test_a_run_goes_on_with_its_own_options_alone(stopped, options, message):
         train_here("--resume", "auto", "--output-dir", stopped, *options)
 
 
-def test_a_run_goes_on_with_its_own_stars_alone(stopped, stars_dir, own_stars_dir):
+def test_a_run_goes_on_with_its_own_stars_alone(stopped, own_stars_dir, tmp_path):
     (state,) = (stopped / "checkpoints").glob("last_state_*")
     contents = torch.load(state, weights_only=True)
     contents["options"]["data_dir"] = str(own_stars_dir)
-    torch.save(contents, state)
-    star = read_catalog(catalog_path(own_stars_dir))[0][0]
-    spectrum_path(own_stars_dir, star).unlink()
+    torch.save(contents, tmp_path / "state.pth")
+    spectrum_path(own_stars_dir, read_catalog(catalog_path(own_stars_dir))[0][0]).unlink()
     with pytest.raises(DataError, match="its stars are no longer the 60 SIMULATED stars"):
-        train_here("--resume", state)
+        train_here("--resume", tmp_path / "state.pth")
 
 
-def test_resume_auto_begins_a_run_where_there_is_none(stars_dir, tmp_path, capsys):
-    train_here("--resume", "auto", "--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 1)
-    assert "no unfinished run; a new one begins" in capsys.readouterr().out
-    (record,) = read_history(tmp_path)
-    assert record["stopped"] is None
+def test_resume_auto_begins_a_run_where_there_is_none(stars_dir, tmp_path, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.recipe.num_epochs, rest[-1])))
+    train_here("--resume", "auto", "--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 7)
+    assert begun == [(7, None)] and "no unfinished run; a new one begins" in capsys.readouterr().out
 
 
 def test_another_file_is_not_resumed(finished):
@@ -402,6 +432,7 @@ def test_a_disk_that_fills_up_costs_no_earlier_checkpoint(stars_dir, tmp_path):
     assert "Traceback" not in errors and files_in(tmp_path / "checkpoints") == kept
     (record,) = read_history(tmp_path)
     assert record["stopped"] in reason and record["final_metrics"]["best_epoch"] == 1
+    assert f"--resume {tmp_path / 'checkpoints' / state}" in printed
     train_here("--resume", "auto", "--output-dir", tmp_path)
     (record,) = read_history(tmp_path)
     assert record["stopped"] is None and len(record["epoch_metrics"]["val_f1"]) == 5

@@ -55,10 +55,11 @@ def test_weights_decay_but_biases_norms_and_embeddings_do_not():
 
 
 def test_the_learning_rate_warms_up_then_falls_to_zero():
-    trainer, batch, rates = make_trainer(SPECTRUM, epochs=10, steps_per_epoch=2), batch_of(5), []
+    trainer, rates = make_trainer(SPECTRUM, epochs=10, steps_per_epoch=2), []
     for _ in range(20):
         rates.append(trainer.optimizer.param_groups[0]["lr"])
-        trainer.step(batch)
+        trainer.optimizer.step()
+        trainer.scheduler.step()
     assert rates[:4] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4])
     assert rates[4] == pytest.approx(1e-4) and rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[12] == pytest.approx(0.5e-4) and trainer.optimizer.param_groups[1]["lr"] == pytest.approx(0, abs=1e-9)
@@ -86,14 +87,11 @@ def test_gradients_of_the_image_encoder_may_be_clipped_apart():
 
 def test_the_average_begins_after_the_warm_up():
     trainer, batch = make_trainer(replace(SPECTRUM, ema_span=0.2), epochs=10, steps_per_epoch=2), batch_of(5)
-    average = None
+    average = weights_of(trainer.classifier)
     for step in range(1, 9):
         trainer.step(batch)
-        weights = weights_of(trainer.classifier)
-        if step <= 4:  # two epochs
-            average = weights
-        else:  # over a fifth of 20 steps
-            average = [a + (w - a) / 4 for a, w in zip(average, weights, strict=True)]
+        share = 1 if step <= 4 else 1 / 4  # two epochs of warm-up; then over a fifth of 20 steps
+        average = [a + (w - a) * share for a, w in zip(average, weights_of(trainer.classifier), strict=True)]
         for expected, found in zip(average, weights_of(trainer.trained), strict=True):
             assert torch.allclose(found, expected, atol=1e-6)
     assert trainer.trained is not trainer.classifier
