@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Shared by several test files."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def heed_ctrl_c() -> None:
 
 
 def checkpoint_contents() -> dict[str, object]:
-    """What a checkpoint holds besides the classifier, as after one epoch on no stars."""
+    """The contents of a checkpoint beside the classifier, as after one epoch on no stars."""
     config = {"class_names": list(CLASS_NAMES), "stars": "0 stars", "batch_size": 2}
     splits = {"train": [], "validation": [], "test": []}
     return {"config": config, "splits": splits, "references": {}, "epoch": 1}

@@ -1,4 +1,4 @@
-"""Files of weights: what is written is read again, and no other file is taken for one."""
+"""Files of weights: they are read again as written, and no other file is taken for one."""
 
 import hashlib
 import http.server

@@ -1,4 +1,4 @@
-"""What every script shares: one line for an error, and files that appear whole or not at all."""
+"""Shared by every script: one line for an error, and files that appear whole or not at all."""
 
 import argparse
 import contextlib

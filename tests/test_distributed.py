@@ -26,7 +26,7 @@ from trainer import Trainer
 
 
 def torchrun(script: Path, *arguments: object) -> str:
-    """What two processes of a script print."""
+    """Run a script in two processes; returns their output."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script]
     done = subprocess.run(
         list(map(str, (*launch, *arguments))), env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,

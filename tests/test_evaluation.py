@@ -1,4 +1,4 @@
-"""Scores, and what they are taken over."""
+"""Scores, and the stars that they are taken over."""
 
 from dataclasses import replace
 

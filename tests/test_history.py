@@ -47,7 +47,7 @@ def test_a_damaged_history_is_kept_under_another_name(path, capsys, content):
     assert read(path) == [run("20261123_120000")]
 
 
-def test_what_other_programs_put_there_stays(path):
+def test_entries_of_other_programs_stay(path):
     """json.dump writes NaN where it should not, and readers of Python take it: so do we."""
     path.write_text('[{"epoch_metrics": {"val_loss": [NaN]}}, {"config": "none"}, "a note"]')
     put_into_history(path, run("1"))

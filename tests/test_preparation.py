@@ -187,7 +187,7 @@ def test_the_noise_of_a_pixel_is_that_of_its_inverse_variance():
     assert noise_of(torch.tensor([4.0, 0.0, 1e-4])).tolist() == pytest.approx([0.5, 0.0, 100.0])
 
 
-# What a recipe may add
+# Additions of a recipe
 
 
 def test_a_polynomial_continuum_is_taken_out():
@@ -215,7 +215,7 @@ def test_shrinkage_weighs_noise_against_signal():
     assert torch.allclose(shrunk, plain * 4 / 5, atol=1e-4)  # 0.2² against 0.1²
 
 
-def test_eigenspectra_keep_what_tells_stars_apart_and_little_noise():
+def test_eigenspectra_keep_differences_between_stars_and_little_noise():
     standardise = fitted(stars_of_bands(120, noise=0.05)[0], num_eigenspectra=3)
     spectra, clean = stars_of_bands(100, noise=0.3, seed=1)
     expected = (clean - standardise.mean) / standardise.scale
