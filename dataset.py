@@ -147,4 +147,4 @@ def prefetch(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
 
 def random_stream(seed: int, *keys: int) -> int:
     """The seed of an independent stream: those of (42, 2) and (43, 1) have nothing in common."""
-    return int(np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)[0] >> 1)

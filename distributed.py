@@ -9,12 +9,13 @@ Outside torchrun there is one process, and nothing here does anything.
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @contextlib.contextmanager
@@ -86,11 +87,8 @@ def synchronise_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum the gradients of all processes: each has those of the whole batch's loss by way of its own stars."""
-    if world_size() > 1:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+def share_gradients(model: nn.Module) -> nn.Module:
+    """The network as training calls it: its gradients are the mean of those of all processes."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[local_rank()] if next(model.parameters()).is_cuda else None)

@@ -27,20 +27,14 @@ class Evaluation(NamedTuple):
     def scores(self) -> dict[str, float]:
         """Accuracy; precision, recall and F1 weighted by class frequency; F1 as the plain mean over the classes that
         occur; fraction within one subclass."""
-        return {name: float(score) for name, score in scores_of(self._confusion()).items()}
+        return scores_of(self.targets, self.predictions, np.ones(len(self.targets)))
 
     def intervals(self) -> dict[str, list[float]]:
         """The 95 % interval of each score, by the bootstrap: these stars drawn again with replacement."""
-        confusion = self._confusion()
-        count = confusion.sum()
-        rng = np.random.default_rng(0)
-        draws = rng.multinomial(count, confusion.ravel() / count, size=BOOTSTRAP_DRAWS).reshape(-1, *confusion.shape)
-        return {name: np.quantile(score, [0.025, 0.975]).tolist() for name, score in scores_of(draws).items()}
-
-    def _confusion(self) -> np.ndarray:
-        """(5, 5): the number of stars of each class, by row, that were given each class, by column."""
-        classes = len(CLASS_NAMES)
-        return np.bincount(classes * self.targets + self.predictions, minlength=classes**2).reshape(classes, classes)
+        pairs, counts = np.unique(np.stack([self.targets, self.predictions]), axis=1, return_counts=True)
+        draws = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=BOOTSTRAP_DRAWS)
+        scores = [scores_of(*pairs, draw) for draw in draws]
+        return {name: np.quantile([score[name] for score in scores], [0.025, 0.975]).tolist() for name in scores[0]}
 
     def final_metrics(self, key: str, scored_on: str) -> dict[str, Any]:
         """The entries of a record's final_metrics; `key` is "val" or "test"."""
@@ -59,19 +53,23 @@ class Evaluation(NamedTuple):
         )
 
 
-def scores_of(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """The scores of confusion matrices (…, 5, 5), each (…). What is not defined counts as 0, as in scikit-learn."""
-    classes = np.arange(len(CLASS_NAMES))
-    near = np.abs(classes[:, None] - classes) <= 1
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    stars, predicted, total = confusion.sum(axis=-1), confusion.sum(axis=-2), confusion.sum(axis=(-2, -1))
-    f1 = 2 * right / np.maximum(stars + predicted, 1)
-    by_class = {"precision": right / np.maximum(predicted, 1), "recall": right / np.maximum(stars, 1), "f1": f1}
+def scores_of(targets: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """The scores of pairs of classes, each of which counts for so many stars."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    labels = range(len(CLASS_NAMES))
+    *by_class, stars = precision_recall_fscore_support(
+        targets, predictions, labels=labels, sample_weight=counts, zero_division=0
+    )
+    precision, recall, f1 = (float(np.average(score, weights=stars)) for score in by_class)
+    distance = np.abs(targets - predictions)
     return {
-        "accuracy": right.sum(axis=-1) / total,
-        **{name: (stars * score).sum(axis=-1) / total for name, score in by_class.items()},
-        "f1_macro": f1.sum(axis=-1) / (stars > 0).sum(axis=-1),
-        "within_one_subclass": (confusion * near).sum(axis=(-2, -1)) / total,
+        "accuracy": float(np.average(distance == 0, weights=counts)),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "f1_macro": float(by_class[2][stars > 0].mean()),
+        "within_one_subclass": float(np.average(distance <= 1, weights=counts)),
     }
 
 

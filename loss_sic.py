@@ -14,9 +14,7 @@ def contrastive_loss(align_logits: Tensor) -> Tensor:
     return (F.cross_entropy(align_logits, own) + F.cross_entropy(align_logits.T, own)) / 2
 
 
-def loss_sic(
-    align_logits: Tensor | None, fuse_logits: Tensor, targets: Tensor, *, sic_weight: float = 1.0
-) -> Tensor:
+def loss_sic(align_logits: Tensor | None, fuse_logits: Tensor, targets: Tensor, *, sic_weight: float = 1.0) -> Tensor:
     """sic_weight · contrastive loss + cross-entropy of the classes.
 
     align_logits: (B, B), or None for a network of one modality, which has no contrastive term.

@@ -30,7 +30,9 @@ class ImageEncoder(nn.Module):
     (B, 4, hidden_size).
     """
 
-    def __init__(self, hidden_size: int = 512, *, backbone: str = "resnet152", zero_init_residual: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int = 512, *, backbone: str = "resnet152", zero_init_residual: bool = False
+    ) -> None:
         super().__init__()
         resnet = torchvision.models.get_model(backbone, weights=None, zero_init_residual=zero_init_residual)
         self.model = nn.Sequential(*list(resnet.children())[:-2])
@@ -102,6 +104,7 @@ class FusionModel(nn.Module):
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
+        assert modality in ("fusion", "spectrum", "image"), f"modality is {modality!r}"
         self.spec_encoder = self.image_encoder = None
         num_tokens = 1  # [CLS]
         if modality != "image":

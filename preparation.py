@@ -140,7 +140,9 @@ class Standardisation(nn.Module):
             if self.recipe.whiten:
                 share = star_weights**2 / (star_weights**2).sum()
                 spread = (share * (deviations @ self.eigenspectra) ** 2).sum(dim=0).sqrt()
-                self.amplification.copy_(self.scale * math.sqrt(SPECTRUM_LENGTH / self.recipe.num_eigenspectra) / spread)
+                self.amplification.copy_(
+                    self.scale * math.sqrt(SPECTRUM_LENGTH / self.recipe.num_eigenspectra) / spread
+                )
 
     def filter(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
         """Flux and inverse variance (B, 3522), smoothed and without continuum as the recipe says."""

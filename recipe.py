@@ -54,7 +54,9 @@ class Recipe:
     continuum_degree: int = _choice(-1, number_between(int, -1, 20), "polynomial subtracted from a spectrum; -1: none")
     smoothing: float = _choice(0.0, number_between(float, 0, 100), "sigma in pixels, weighted by inverse variance")
     shrinkage: float = _choice(0.0, number_between(float, 0, 10), "intrinsic scatter that noise is weighed against")
-    num_eigenspectra: int = _choice(0, number_between(int, 0, 3522), "spectra are projected on so many; 0: they are not")
+    num_eigenspectra: int = _choice(
+        0, number_between(int, 0, 3522), "spectra are projected on so many; 0: they are not"
+    )
 
     whiten: int = _choice(0, (0, 1), "coefficients of eigenspectra are scaled to unit variance")
 
@@ -86,7 +88,9 @@ def option_name(field: str) -> str:
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """--recipe, and an option for each field of Recipe that overrides it."""
-    parser.add_argument("--recipe", choices=RECIPES, default="paper", help="the choices that the options below override")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="paper", help="the choices that the options below override"
+    )
     group = parser.add_argument_group("recipe", "each option changes one choice")
     for field in dataclasses.fields(Recipe):
         values = {name: getattr(recipe, field.name) for name, recipe in RECIPES.items()}

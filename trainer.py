@@ -36,6 +36,10 @@ class Trainer:
     def __init__(self, classifier: Classifier, epochs: int, steps_per_epoch: int) -> None:
         self.recipe = recipe = classifier.recipe
         self.classifier = distributed.synchronise_batch_norms(classifier)
+        spec_encoder = classifier.network.spec_encoder
+        if spec_encoder is not None and (recipe.modality != "fusion" or recipe.sic_weight == 0):
+            spec_encoder.fc.requires_grad_(False)  # only the contrast depends on it; shared gradients must all exist
+        self.shared = distributed.share_gradients(self.classifier)
         self.device = next(classifier.parameters()).device
         self.optimizer = make_optimizer(classifier.network, recipe.learning_rate, recipe.weight_decay)
         total_steps = epochs * steps_per_epoch
@@ -62,16 +66,17 @@ class Trainer:
     def _plain_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(augment(batch, self.recipe))
-        loss.backward()
-        distributed.sum_gradients(self.classifier.parameters())
+        # Each process has the whole batch's loss, but the gradients by way of its own stars: their sum is wanted, and
+        # shared gradients are a mean.
+        (loss * distributed.world_size()).backward()
         self._update()
         return loss.detach()
 
     def _forward(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        return self.classifier(batch)
+        return self.shared(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
-        """Of several processes, each takes the loss of the batch of all."""
+        """The loss of the batch of all processes."""
         gathered = (None if part is None else distributed.gather_stars(part) for part in self._forward(batch))
         image_features, spectrum_features, fuse_logits = gathered
         align_logits = contrastive_logits(image_features, spectrum_features)
