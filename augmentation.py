@@ -1,16 +1,14 @@
 """Random changes of the training stars, drawn anew for each batch, on the device that the stars are on.
 
-Spectrum, image and label of a star are mixed with those of a star of the same or an adjacent subclass; spectra are
-shifted and get more noise; images are rotated and mirrored. The subclass depends on none of these. Random numbers come
-from torch's default generator of the device.
+Spectrum, image and label of a star are mixed with those of a star of the same or an adjacent subclass; images are
+rotated, mirrored or hidden. Random numbers come from torch's default generator of the device.
 """
 
 import torch
 from torch import Tensor
 
 from catalog import CLASS_NAMES
-from dataset import Batch
-from preparation import SPECTRUM_LENGTH, noise_of
+from preparation import Batch
 from recipe import Recipe
 
 
@@ -18,18 +16,12 @@ def augment(batch: Batch, recipe: Recipe) -> Batch:
     """The batch, changed as the recipe says."""
     if recipe.mixup:
         batch = mix(batch, recipe.mixup)
-    spectra, images, image_mask = batch.spectra, batch.images, batch.image_mask
-    if spectra is not None and recipe.spectrum_shift:
-        spectra = shift(spectra, recipe.spectrum_shift)
-    if spectra is not None and recipe.spectrum_tilt:
-        spectra = tilt(spectra, recipe.spectrum_tilt)
-    if spectra is not None and recipe.spectrum_noise:
-        spectra = add_noise(spectra, recipe.spectrum_noise)
-    if images is not None and recipe.rotate_and_flip:
-        images = rotate_and_flip(images)
-    if images is not None and recipe.image_dropout:
-        image_mask = torch.rand(len(images), device=images.device) >= recipe.image_dropout
-    return batch._replace(spectra=spectra, images=images, image_mask=image_mask)
+    if batch.images is not None and recipe.rotate_and_flip:
+        batch = batch._replace(images=rotate_and_flip(batch.images))
+    if batch.images is not None and recipe.image_dropout:
+        seen = torch.rand(len(batch.images), device=batch.images.device) >= recipe.image_dropout
+        batch = batch._replace(image_mask=seen)
+    return batch
 
 
 def mix(batch: Batch, max_weight: float) -> Batch:
@@ -55,29 +47,6 @@ def mix(batch: Batch, max_weight: float) -> Batch:
     one_hot = (classes[:, None] == torch.arange(len(CLASS_NAMES), device=classes.device)).float()
     targets = torch.lerp(one_hot, one_hot[partners], weights[:, None])
     return batch._replace(spectra=spectra, images=images, targets=targets)
-
-
-def shift(spectra: Tensor, largest: int) -> Tensor:
-    """Spectra (B, 2, 3522), each shifted by up to `largest` whole pixels; the last pixel is repeated at the end."""
-    shifts = torch.randint(-largest, largest + 1, (len(spectra), 1), device=spectra.device)
-    pixels = (torch.arange(SPECTRUM_LENGTH, device=spectra.device) - shifts).clamp(0, SPECTRUM_LENGTH - 1)
-    return spectra.gather(2, pixels[:, None].expand(-1, 2, -1))
-
-
-def tilt(spectra: Tensor, deviation: float) -> Tensor:
-    """Spectra (B, 2, 3522), each multiplied by the exponential of a random parabola: an error of the flux calibration."""
-    x = torch.linspace(-1, 1, SPECTRUM_LENGTH, device=spectra.device)
-    slope, bend = torch.randn(2, len(spectra), 1, device=spectra.device) * deviation
-    factor = torch.exp(slope * x + bend * (x**2 - 1 / 3))
-    return torch.stack([spectra[:, 0] * factor, spectra[:, 1] / factor**2], dim=1)
-
-
-def add_noise(spectra: Tensor, most: float) -> Tensor:
-    """Spectra (B, 2, 3522) with Gaussian noise of up to `most` times the noise that each pixel has."""
-    flux, ivar = spectra.unbind(dim=1)
-    level = torch.rand(len(spectra), 1, device=spectra.device) * most
-    flux = flux + level * noise_of(ivar) * torch.randn_like(flux)
-    return torch.stack([flux, ivar / (1 + level**2)], dim=1)
 
 
 def rotate_and_flip(images: Tensor) -> Tensor:

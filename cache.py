@@ -23,8 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import astropy
 import numpy as np
 import PIL
+import scipy
 import torch
 from filelock import Timeout
 from torch import Tensor
@@ -32,7 +34,7 @@ from torch import Tensor
 import cli
 import preparation
 import sdss_files
-from catalog import CLASS_NAMES, Star, position_conflict, read_catalog
+from catalog import CLASS_NAMES, Star, check_places, position_conflict, read_catalog
 from cli import DataError
 from star_files import FileIndex, catalog_path
 from workers import parallel_map
@@ -115,12 +117,13 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
     for reason, count in left_out.items():
         print(f"{count} row(s) of the catalogue left out: {reason}")
     index, kinds = FileIndex(data_dir), INPUTS[modality]
-    files = {star: {"spectra": index.spectrum(star), "images": index.cutout(star)} for star in stars}
+    files = {star: index.files(star) for star in stars}
     cache = up_to_date_cache(data_dir, files, num_workers)
     checked = [
         check_star(star, paths, found, kinds)
         for (star, paths), found in zip(files.items(), cache.findings, strict=True)
     ]
+    check_places(catalog_path(data_dir), [(entry.star.spectrum_id, entry.star) for entry in checked])
     report_usable(checked)
     rows = np.flatnonzero([entry.state == "used" for entry in checked])
     if not rows.size:
@@ -201,11 +204,12 @@ def up_to_date_cache(data_dir: Path, files: dict[Star, Paths], num_workers: int)
 def fingerprint(files: dict[Star, Paths]) -> str:
     """A digest of the stars, their files' names and stamps, and the code and libraries that prepare them."""
     code = [Path(name).read_text(encoding="utf-8") for name in (sdss_files.__file__, preparation.__file__, __file__)]
+    versions = [library.__version__ for library in (astropy, np, PIL, scipy)]
     stars = [
         (star.spectrum_id, [path and (path.name, file_stamp(path)) for path in paths.values()])
         for star, paths in files.items()
     ]
-    return hashlib.sha256(json.dumps([code, np.__version__, PIL.__version__, stars]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([code, *versions, stars]).encode()).hexdigest()
 
 
 def file_stamp(file: Path | int) -> list[int]:

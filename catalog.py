@@ -2,8 +2,8 @@
 
     name, subclass, plate, mjd, fiberID [, ra, dec, simulated, ...]
 
-Columns stand in any order, in upper or lower case, under SDSS's own names. `name` is any label that
-can name a file; without that column, specObjID is the name, and gives plate, mjd and fiberID too.
+Columns stand in any order, in upper or lower case, under SDSS's own names; nan, null, -- and the like
+are empty cells. `name` is any other label that can name a file; without that column, specObjID is the name, and gives plate, mjd and fiberID too.
 
 Source: specObjID, https://www.sdss.org/dr16/help/glossary/#specobj
 """
@@ -45,7 +45,7 @@ _SPEC_OBJ_ID_RANGES = (
 _WHOLE, _ANGLE = "a whole number", "an angle in degrees"
 _IDENTITY = {"plate": (_WHOLE, 1, 2**14 - 1), "mjd": (_WHOLE, 50_000, 66_383), "fiberID": (_WHOLE, 1, 2**12 - 1)}
 _LIMITS = {**_IDENTITY, "ra": (_ANGLE, 0, 360), "dec": (_ANGLE, -90, 90)}
-_EMPTY_CELLS = {"", "nan", "null", "none", "n/a", "na", "<na>", "-", "--", "masked", "-9999", "-9999.0"}
+_EMPTY = re.compile(r"nan|null|none|#?n/?a|<na>|-+|masked|-9999(\.0*)?", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 # Spreadsheets keep 15 digits: 3.07417E+17, or 307416612011534000.
 _ROUNDED = re.compile(r"\d([.,]\d+)?[eE]\+?1[789]|\d{15}0{3,5}(\.0*)?", re.ASCII)
@@ -103,7 +103,8 @@ def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Coun
             rows.append((line, _parse_row(f"{path}, line {line}", cells, subclass if subclass in CLASS_NAMES else "")))
         else:
             left_out[f"subclass {printable(subclass) or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
-    _check_names(path, rows)
+    _check_rounding(path, rows)
+    check_places(path, [(f"line {line}", star) for line, star in rows])
 
     stars: dict[str, Star] = {}
     for line, star in rows:
@@ -136,7 +137,8 @@ def _read_rows(path: Path, needed: list[str]) -> Iterator[tuple[int, dict[str, s
                 if len(cells) < len(header) or any(cells[len(header) :]):
                     counts = f"{len(cells)} cells where the header has {len(header)} columns"
                     raise DataError(f"{path}, line {lines.line_num}: {counts}")
-                yield lines.line_num, dict(zip(columns, cells, strict=False))
+                filled = ["" if _EMPTY.fullmatch(cell) else cell for cell in cells]
+                yield lines.line_num, dict(zip(columns, filled, strict=False))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; it is the list of stars (columns {', '.join(needed)})") from None
     except (csv.Error, UnicodeDecodeError) as error:
@@ -166,14 +168,14 @@ def _parse_row(where: str, cells: dict[str, str], subclass: str) -> Star:
         )
     known = dict(zip(_IDENTITY, decode_spec_obj_id(_exact_name(spec_obj_id or name)) or (), strict=False))
     numbers = [_parse_number(where, column, cells.get(column) or str(known.get(column, ""))) for column in _LIMITS]
-    simulated = cells.get("simulated", "").lower() not in _EMPTY_CELLS | {"0", "0.0", "false", "no"}
+    simulated = cells.get("simulated", "").lower() not in {"", "0", "0.0", "false", "no"}
     return Star(name, subclass, *map(int, numbers[:3]), *numbers[3:], simulated)  # in the order of _LIMITS
 
 
 def _exact_name(text: str) -> str:
     """The label; a specObjID written as a signed integer or as a float with all its digits becomes unsigned digits."""
     if len(text) < 40 and _NUMBER.fullmatch(text) and -(2**63) <= float(text) < 2**64:
-        value = int(text) if text.lstrip("+-").isdigit() else int(float(text))  # ten zero bits: floats are exact
+        value = int(text) if text.lstrip("+-").isdigit() else int(float(text))  # exact: it ends in ten zero bits
         if decode_spec_obj_id(unsigned := str(value % 2**64)):
             return unsigned
     return unicodedata.normalize("NFC", text)
@@ -181,7 +183,7 @@ def _exact_name(text: str) -> str:
 
 def _parse_number(where: str, column: str, text: str) -> float:
     kind, low, high = _LIMITS[column]
-    if kind == _ANGLE and text.lower() in _EMPTY_CELLS:
+    if kind == _ANGLE and not text:
         return math.nan
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
     if not low <= value <= high or (kind == _WHOLE and not value.is_integer()):  # "372.0" is whole
@@ -189,8 +191,7 @@ def _parse_number(where: str, column: str, text: str) -> float:
     return value
 
 
-def _check_names(path: Path, rows: list[tuple[int, Star]]) -> None:
-    """Raise DataError if names are rounded specObjIDs, or if one name stands for two places on the sky."""
+def _check_rounding(path: Path, rows: list[tuple[int, Star]]) -> None:
     rounded = [row for row in rows if _ROUNDED.fullmatch(row[1].name) and not decode_spec_obj_id(row[1].name)]
     if rounded and 2 * len(rounded) >= len(rows):  # a few may end in zeros by chance
         line, star = rounded[0]
@@ -198,17 +199,6 @@ def _check_names(path: Path, rows: list[tuple[int, Star]]) -> None:
             f"{path}, line {line}, column name: {star.name} is a specObjID rounded by a spreadsheet, its last digits "
             "are lost; export the catalogue again with this column formatted as text"
         )
-    located: dict[str, tuple[int, Star]] = {}
-    for line, star in rows:
-        if math.isnan(star.ra + star.dec):
-            continue
-        first_line, first = located.setdefault(star.name, (line, star))
-        distance = 0.0 if first is star else separation_arcsec(first.ra, first.dec, star.ra, star.dec)
-        if distance > SAME_STAR_ARCSEC:
-            raise DataError(
-                f"{path}, lines {first_line} and {line}: both are named {star.name}, but lie {distance / 3600:.2g}° "
-                "apart on the sky; give each star a name of its own"
-            )
 
 
 # The same star
@@ -220,6 +210,24 @@ def separation_arcsec(ra: float, dec: float, other_ra: float, other_dec: float) 
     haversine = np.sin((dec - other_dec) / 2) ** 2
     haversine += np.cos(dec) * np.cos(other_dec) * np.sin((ra - other_ra) / 2) ** 2
     return float(np.degrees(2 * np.arcsin(np.sqrt(min(haversine, 1.0)))) * 3600)
+
+
+def check_places(path: Path, rows: Sequence[tuple[str, Star]]) -> None:
+    """Raise DataError if one name stands for two places on the sky; each row has a label by which to find it in `path`.
+
+    Rows of one name share their cutout.
+    """
+    located: dict[str, tuple[str, Star]] = {}
+    for label, star in rows:
+        if math.isnan(star.ra + star.dec):
+            continue
+        first_label, first = located.setdefault(star.name, (label, star))
+        distance = 0.0 if first is star else separation_arcsec(first.ra, first.dec, star.ra, star.dec)
+        if distance > MAX_OFFSET_ARCSEC:
+            raise DataError(
+                f"{path}: {first_label} and {label} are both named {star.name}, but lie {distance / 3600:.2g}° apart "
+                "on the sky; give each star a name of its own"
+            )
 
 
 def position_conflict(ra: float, dec: float, spectrum_ra: float, spectrum_dec: float) -> str:

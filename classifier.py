@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from catalog import CLASS_NAMES
-from dataset import Batch
 from model import FusionModel
-from preparation import Standardisation
+from preparation import Batch, Standardisation
 from recipe import Recipe
 
 
@@ -29,9 +28,6 @@ class Classifier(nn.Module):
             num_layers=recipe.num_layers,
             modality=recipe.modality,
             image_backbone=recipe.image_backbone,
-            attention_std=recipe.attention_std,
-            position_std=recipe.position_std,
-            zero_init_residual=bool(recipe.zero_init_residual),
         )
         self.to(memory_format=torch.channels_last)
 

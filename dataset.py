@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +14,10 @@ import distributed
 from cache import PreparedStars
 from catalog import CLASS_NAMES, group_same_stars
 from cli import DataError
+from preparation import Batch, move
 
-RESIDENT_SHARE = 0.5  # of the GPU's free memory that the stars may take
-
-
-class Batch(NamedTuple):
-    """Some prepared stars; an input that the modality does not read is None."""
-
-    spectra: Tensor | None  # (B, 2, 3522) float32: flux over its median, and its inverse variance
-    images: Tensor | None  # (B, 3, 128, 128) uint8, or float32 of mixed stars; 0…255
-    targets: Tensor  # (B,) int64 class indices, or (B, 5) float32 class weights of mixed stars
-    image_mask: Tensor | None = None  # (B,) bool: the Transformer sees the image; None: of all stars
+NETWORK_SHARE = 0.5  # of the GPU's memory that is left to the network; stars may take the rest
+CHUNK = 1024  # stars that are copied to the GPU at once
 
 
 def split_stars(
@@ -72,7 +65,7 @@ def split_stars(
 def equal_batches(stars: int, batch_size: int, processes: int = 1) -> tuple[int, int]:
     """The number and size of an epoch's batches: equal ones, of at most `batch_size` stars.
 
-    The stars left over, fewer than one a batch and process, rest until the next epoch.
+    The stars left over, fewer than one a batch and process, are left out of this epoch.
     Raises DataError where there are fewer stars than processes.
     """
     count = math.ceil(stars / batch_size)
@@ -83,22 +76,27 @@ def equal_batches(stars: int, batch_size: int, processes: int = 1) -> tuple[int,
 
 
 class StarLoader:
-    """Batches of some of the prepared stars, on a device; of several processes, each has its share of the stars.
+    """Batches of some of the prepared stars, on a device. Of several processes, each takes its share of every batch.
 
-    On a GPU with room for them all stars are loaded at once, and a batch is an index. Elsewhere the next batch is read
-    from the cache while the last one is in use.
+    A GPU with room for them holds all stars, and a batch is an index. Elsewhere the next batch is read from the cache
+    while the last one is in use.
     """
 
     def __init__(self, prepared: PreparedStars, indices: np.ndarray, device: torch.device) -> None:
         self.device, self.indices = device, torch.as_tensor(indices)
         self.prepared, self.resident = prepared, None
-        if device.type == "cuda":
+        if device.type == "cuda" and len(indices):
             star_bytes = sum(part[:1].nbytes for part in (prepared.spectra, prepared.images) if part is not None)
-            if len(indices) * star_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-                self.resident = self._read(torch.arange(len(indices)))
+            free, total = torch.cuda.mem_get_info(device)
+            if len(indices) * star_bytes <= free - NETWORK_SHARE * total:
+                self.resident = self._load()
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def num_batches(self, batch_size: int) -> int:
+        """Of an epoch."""
+        return equal_batches(len(self), batch_size, distributed.world_size())[0]
 
     def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """The stars in random order, in equal batches of at most `batch_size`; see `equal_batches`."""
@@ -116,20 +114,23 @@ class StarLoader:
             yield from prefetch(self._read, batches)
             return
         for rows in batches:
-            rows = rows.pin_memory().to(self.device, non_blocking=True)
+            rows = rows.to(self.device, non_blocking=True)
             yield Batch(*(None if part is None else part[rows] for part in self.resident))
+
+    def _load(self) -> Batch:
+        """All stars on the device, copied there in chunks."""
+        few = self._read(torch.arange(1))
+        stars = Batch(*(None if part is None else part.new_empty(len(self), *part.shape[1:]) for part in few))
+        for rows in torch.arange(len(self)).split(CHUNK):
+            for own, part in zip(stars, self._read(rows), strict=True):
+                if own is not None:
+                    own[rows[0] : rows[-1] + 1] = part
+        return stars
 
     def _read(self, rows: Tensor) -> Batch:
         chosen, prepared = self.indices[rows], self.prepared
         parts = (None if part is None else part[chosen] for part in (prepared.spectra, prepared.images))
         return move(Batch(*parts, prepared.targets[chosen]), self.device)
-
-
-def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; to a GPU by pinned memory, so that nothing waits for the copy."""
-    if device.type == "cpu":
-        return batch
-    return Batch(*(None if part is None else part.pin_memory().to(device, non_blocking=True) for part in batch))
 
 
 def prefetch(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

@@ -1,5 +1,8 @@
 """Where the network runs, and in which precision."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 import distributed
@@ -7,13 +10,17 @@ from cli import DataError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names; "auto" is this process's GPU if there is one. Raises DataError without it."""
+    """The device that --device names; "auto" is this process's GPU if there is one. Raises DataError without it.
+
+    Float32 products use TF32 there. `cudnn.benchmark` stays off: its search takes seconds and gained nothing.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: PyTorch finds no GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if distributed.local_rank() >= torch.cuda.device_count():
         raise DataError(f"{torch.cuda.device_count()} GPU(s) here, one for each process: lower --nproc-per-node")
+    torch.set_float32_matmul_precision("high")
     torch.cuda.set_device(distributed.local_rank())
     return torch.device("cuda", distributed.local_rank())
 
@@ -34,3 +41,12 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def describe_device(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+@contextlib.contextmanager
+def out_of_memory_hint(hint: str) -> Iterator[None]:
+    """Raise DataError, with what to do, where the GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DataError(f"the GPU's memory is full; {hint}") from error

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=4 train.py --data-dir DIR
 
-Each process takes its share of every batch. Contrast and gradients are of the whole batch, and batch norms take in all
-of it on GPUs; on CPUs, where torch has no SyncBatchNorm, each process normalises its own share.
+Each process takes its share of every batch. The contrastive loss and the gradients cover the whole batch. So do batch
+norms on GPUs; on CPUs, where torch has no SyncBatchNorm, each process normalises its own share.
 Outside torchrun there is one process, and nothing here does anything.
 """
 
@@ -87,8 +87,8 @@ def synchronise_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def share_gradients(model: nn.Module) -> nn.Module:
-    """The network as training calls it: its gradients are the mean of those of all processes."""
+def wrap_ddp(model: nn.Module) -> nn.Module:
+    """The network as training calls it: its gradients are the mean over all processes."""
     if world_size() == 1:
         return model
     return DistributedDataParallel(model, device_ids=[local_rank()] if next(model.parameters()).is_cuda else None)

@@ -42,7 +42,7 @@ import requests
 
 import cli
 import sdss_archive
-from catalog import CLASS_NAMES, Star, decode_spec_obj_id, position_conflict, read_catalog
+from catalog import CLASS_NAMES, Star, check_places, decode_spec_obj_id, position_conflict, read_catalog
 from cli import DataError, number_between
 from sdss_archive import BadBodyError, FetchError
 from sdss_files import Cutout, Spectrum, WrongFileError, read_cutout, read_spectrum
@@ -139,16 +139,33 @@ def find_missing(stars: list[Star], args: argparse.Namespace) -> tuple[list[File
     return spectra, list(cutouts.values())
 
 
+def known_positions(star: Star, index: FileIndex) -> list[tuple[float, float]]:
+    """In degrees: the catalogue's, then that in the star's spectrum, as far as they are known."""
+    path = index.spectrum(star)
+    sources: list[Star | Spectrum] = [star]
+    with contextlib.suppress(DataError):  # a damaged spectrum is no reason against the cutout
+        sources += [read_spectrum(path, star)] if path else []
+    return [(source.ra, source.dec) for source in sources if not math.isnan(source.ra + source.dec)]
+
+
+def check_shared_cutouts(stars: list[Star], args: argparse.Namespace) -> None:
+    """Raise DataError if rows of one name, which share a cutout, are of two places."""
+    index, count = FileIndex(args.data_dir), Counter(star.name for star in stars)
+    placed = [
+        (star.spectrum_id, star._replace(ra=ra, dec=dec))
+        for star in stars
+        if count[star.name] > 1
+        for ra, dec in known_positions(star, index)[:1]
+    ]
+    check_places(catalog_path(args.data_dir), placed)
+
+
 def with_positions(cutouts: list[File], args: argparse.Namespace) -> list[File]:
     """The cutouts with their addresses, at the catalogue's position or else at that in the star's spectrum."""
     index = FileIndex(args.data_dir)
     located = []
     for cutout in cli.progress(cutouts, desc="finding positions", unit="star"):
-        path = index.spectrum(cutout.star)
-        sources: list[Star | Spectrum] = [cutout.star]
-        with contextlib.suppress(DataError):  # a damaged spectrum is no reason against the cutout
-            sources += [read_spectrum(path, cutout.star)] if path else []
-        positions = [(source.ra, source.dec) for source in sources if not math.isnan(source.ra + source.dec)]
+        positions = known_positions(cutout.star, index)
         if not positions:
             reason = "no position: no ra, dec in the catalogue, no PLUG_RA, PLUG_DEC in a spectrum"
             located.append(cutout._replace(reason=reason))
@@ -381,6 +398,7 @@ def download(args: argparse.Namespace) -> None:
         check_writable({args.data_dir, *(file.path.parent for file in (*spectra, *cutouts))})
         (args.data_dir / FAILURES_FILE).unlink(missing_ok=True)  # an earlier run's, true no longer
         failures = fetch_files(spectra, args, "spectra")
+        check_shared_cutouts(stars, args)
         cutouts = with_positions(cutouts, args)  # the new spectra's, too
         failures += fetch_files(cutouts, args, "cutouts", rate=args.image_rate)
         print_table(stars, failures)

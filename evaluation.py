@@ -16,7 +16,7 @@ from loss_sic import loss_sic
 from model import contrastive_logits
 
 BOOTSTRAP_DRAWS = 1000
-STARS_AT_ONCE = 512  # classified together, about; more are no quicker on an H200
+STARS_AT_ONCE = {"cuda": 512, "cpu": 64}  # classified together, about; more are no quicker on an H200
 
 
 class Evaluation(NamedTuple):
@@ -74,16 +74,15 @@ def scores_of(targets: np.ndarray, predictions: np.ndarray, counts: np.ndarray) 
 
 
 @torch.inference_mode()
-def evaluate(
-    classifier: Classifier, loader: StarLoader, batch_size: int, description: str = "evaluating"
-) -> Evaluation:
+def evaluate(classifier: Classifier, loader: StarLoader, description: str = "evaluating") -> Evaluation:
     """One pass over a loader's stars, those of all processes.
 
-    batch_size: of the training. The contrastive loss is larger the more stars there are to tell apart, so it is taken
-    over as many; the network takes several such batches at once.
+    The contrastive loss is larger the more stars there are to tell apart, so it is taken over batches as large as in
+    training; the network takes several of them at once.
     """
+    batch_size = classifier.recipe.batch_size
     classifier.eval()
-    at_once = batch_size * max(1, STARS_AT_ONCE // batch_size)
+    at_once = batch_size * max(1, STARS_AT_ONCE[loader.device.type] // batch_size)
     sic_weight = classifier.recipe.sic_weight
     losses, targets, predictions = [], [], []
     batches = math.ceil(len(loader) / at_once / distributed.world_size())

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from catalog import CLASS_NAMES, Star
 from checkpoint import torch_load, torch_save
-from cli import DataError, remove_leftovers, write_atomically
+from cli import DataError, file_lock, remove_leftovers, write_atomically
 from plots import Axes, new_figure
 
 # The mark of an unfinished run's file; the number changes with all that makes a run go on otherwise than it began.
@@ -74,7 +74,7 @@ class Training:
     states: dict[str, dict] = field(default_factory=dict)  # of trainer.Trainer, after the last whole epoch
     epochs_kept: int = 0  # of the record when `states` was taken
 
-    def keep(self, states: dict[str, dict]) -> None:
+    def snapshot(self, states: dict[str, dict]) -> None:
         """Remember the state after an epoch; `save` writes it, also if the next epoch is interrupted."""
         self.states, self.epochs_kept = states, len(self.record["epoch_metrics"]["train_loss"])
 
@@ -110,10 +110,11 @@ def claim_training_id(output_dir: Path, resumed: str | None = None) -> Iterator[
     """A run's YYYYmmdd_HHMMSS, unique in this directory also among runs that start in the same second; or the one
     that is resumed, which no other process may be doing."""
     checkpoints = output_dir / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    for folder in (checkpoints, output_dir / "plots"):  # a place that cannot be written is found before the work
+        folder.mkdir(parents=True, exist_ok=True)
     if resumed:
         try:
-            with FileLock(checkpoints / f".{resumed}.lock").acquire(timeout=0):
+            with file_lock(checkpoints / f".{resumed}.lock", timeout=0):
                 yield resumed
         except Timeout:
             raise DataError(f"the run {resumed} goes on in another process") from None
@@ -121,8 +122,8 @@ def claim_training_id(output_dir: Path, resumed: str | None = None) -> Iterator[
     stamp, attempt = datetime.now().strftime("%Y%m%d_%H%M%S"), 1
     while True:
         training_id = stamp if attempt == 1 else f"{stamp}_{attempt}"
-        lock = FileLock(checkpoints / f".{training_id}.lock")
-        with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+        lock = file_lock(checkpoints / f".{training_id}.lock", timeout=0)
+        with contextlib.suppress(Timeout), lock:
             if not (checkpoints / f"best_model_{training_id}.pth").exists():
                 yield training_id
                 return
@@ -145,7 +146,7 @@ def put_into_history(path: Path, record: dict) -> None:
 
     Runs that end together wait for each other, and a damaged file is set aside, not lost.
     """
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with file_lock(path.with_name(f".{path.name}.lock"), timeout=-1):
         remove_leftovers(path)
         history = []
         if path.exists():

@@ -30,11 +30,9 @@ class ImageEncoder(nn.Module):
     (B, 4, hidden_size).
     """
 
-    def __init__(
-        self, hidden_size: int = 512, *, backbone: str = "resnet152", zero_init_residual: bool = False
-    ) -> None:
+    def __init__(self, hidden_size: int = 512, *, backbone: str = "resnet152") -> None:
         super().__init__()
-        resnet = torchvision.models.get_model(backbone, weights=None, zero_init_residual=zero_init_residual)
+        resnet = torchvision.models.get_model(backbone, weights=None)
         self.model = nn.Sequential(*list(resnet.children())[:-2])
         self.pool = nn.AdaptiveAvgPool2d((4, 1))
         self.fc = nn.Linear(resnet.fc.in_features, hidden_size)
@@ -80,8 +78,6 @@ class FusionModel(nn.Module):
         modality: "fusion" reads both inputs; "spectrum" and "image" build one encoder, and the Transformer reads its
             tokens alone.
         image_backbone: a ResNet of torchvision; the paper's is "resnet152", smaller ones serve tests.
-        attention_std, position_std: initial deviations of queries and keys, and of position embeddings.
-        zero_init_residual: the ResNet's residual blocks begin as identities (Goyal et al. 2017, 5.1).
 
     forward: specs (B, 3522), standardised; imgs (B, 3, 128, 128), normalised as for ImageNet; B ≥ 1. An input that
     the modality does not read may be None. image_mask (B,): the Transformer gets zeros for image tokens where it is
@@ -99,9 +95,6 @@ class FusionModel(nn.Module):
         *,
         modality: str = "fusion",
         image_backbone: str = "resnet152",
-        attention_std: float = INIT_STD,
-        position_std: float = INIT_STD,
-        zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         assert modality in ("fusion", "spectrum", "image"), f"modality is {modality!r}"
@@ -111,9 +104,7 @@ class FusionModel(nn.Module):
             self.spec_encoder = SpecEncoder(hidden_size)
             num_tokens += 32
         if modality != "spectrum":
-            self.image_encoder = ImageEncoder(
-                hidden_size, backbone=image_backbone, zero_init_residual=zero_init_residual
-            )
+            self.image_encoder = ImageEncoder(hidden_size, backbone=image_backbone)
             num_tokens += 4
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
@@ -132,21 +123,18 @@ class FusionModel(nn.Module):
             layer, num_layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
         )
         self.classifier = nn.Linear(hidden_size, num_classes)
-        self._initialise_fusion(attention_std, position_std)
+        self._initialise_fusion()
 
-    def _initialise_fusion(self, attention_std: float, position_std: float) -> None:
+    def _initialise_fusion(self) -> None:
         """ViLT's initial weights. Without it, torch's Transformer starts as eight copies of one layer."""
-        nn.init.normal_(self.position_embedding, std=position_std)
+        nn.init.normal_(self.position_embedding, std=INIT_STD)
         nn.init.normal_(self.token_type_embedding.weight, std=INIT_STD)
         for module in (*self.transformer.modules(), self.classifier):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.MultiheadAttention):
-                queries, keys, values = module.in_proj_weight.chunk(3)
-                nn.init.normal_(queries, std=attention_std)
-                nn.init.normal_(keys, std=attention_std)
-                nn.init.normal_(values, std=INIT_STD)
+                nn.init.normal_(module.in_proj_weight, std=INIT_STD)
 
     def forward(
         self, specs: Tensor | None, imgs: Tensor | None, image_mask: Tensor | None = None
@@ -178,7 +166,7 @@ def contrastive_logits(image_features: Tensor | None, spectrum_features: Tensor 
     """(B, B): cosine similarity of image i and spectrum j, over the temperature; None where one input is not read."""
     if image_features is None or spectrum_features is None:
         return None
-    # In float32 also under autocast: divided by 0.07, bfloat16's three digits would be too coarse.
+    # Without autocast: divided by 0.07, the cosines' three digits in bfloat16 would be too coarse.
     with torch.autocast(image_features.device.type, enabled=False):
         image_features = F.normalize(image_features.float(), dim=1)
         spectrum_features = F.normalize(spectrum_features.float(), dim=1)

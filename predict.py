@@ -10,7 +10,7 @@ are found by their names wherever they lie below spectra/ and images/. Each star
     predicted_subclass, p_M0 ... p_M4    the most probable subclass, and the probability of each
     expected_subclass, its _std          mean of the subclass numbers 0 to 4 weighted by probability, and deviation
     outlier_score, is_outlier            above 1, True: farther from the training stars than 99.5 % of these are
-                                         (outliers.py); whatever it is, its subclass means nothing
+                                         (outliers.py); its subclass should not be trusted
     problem                              why it cannot be classified
 
 After an interruption the same command goes on where it was. An earlier output of this script is replaced, any other
@@ -50,19 +50,18 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from filelock import Timeout
 
 import distributed
-from cache import FEW_STARS, INPUTS, Paths, fingerprint
+from cache import FEW_STARS, INPUTS, Paths, file_stamp, fingerprint
 from catalog import CLASS_NAMES, Star, count_known, describe, read_catalog
 from checkpoint import load_checkpoint
 from classifier import Classifier
 from cli import DataError, file_lock, progress, quietly, refuse_foreign_file, run_as_script, write_atomically
 from dataset import prefetch
-from device import choose_device
+from device import choose_device, out_of_memory_hint
 from outliers import References
-from prediction import COLUMNS, StarInputs, classify, find_files, read_star
+from prediction import COLUMNS, StarInputs, classify, read_star
 from star_files import FileIndex, catalog_path
 from workers import parallel_map
 
@@ -70,11 +69,12 @@ CHUNK = 512  # stars that are classified together, and written together
 
 
 def main(args: argparse.Namespace) -> None:
-    with distributed.process_group(), quietly(args.quiet or distributed.rank() > 0):
-        try:
-            predict(args)
-        except torch.OutOfMemoryError as error:
-            raise DataError("the GPU's memory is full; try --device cpu") from error
+    with (
+        distributed.process_group(),
+        quietly(args.quiet or distributed.rank() > 0),
+        out_of_memory_hint("try --device cpu"),
+    ):
+        predict(args)
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -86,14 +86,14 @@ def predict(args: argparse.Namespace) -> None:
         print(f"{count} row(s) of the catalogue left out: {reason}")
     classifier, checkpoint = load_checkpoint(args.checkpoint, choose_device(args.device))
     index, kinds = FileIndex(args.data_dir), INPUTS[classifier.recipe.modality]
-    files = {star: find_files(index, star) for star in stars}
+    files = {star: index.files(star) for star in stars}
     if not any(all(paths[kind] for kind in kinds) for paths in files.values()):
         raise DataError(
             f"{args.data_dir}: none of its {len(stars)} stars has the files that this network reads, of "
             f"{' and '.join(kinds)}; python download_sdss_data.py --data-dir {args.data_dir} fetches them"
         )
     with claim_folder(args.output) as folder:
-        parts, missing = plan_parts(folder, files, checkpoint)
+        parts, missing = plan_parts(folder, files, args.checkpoint)
         if len(missing) < len(parts):
             print(f"{folder}: {len(parts) - len(missing)} of {len(parts)} parts of an interrupted run are kept")
         chunks = {part: stars[k * CHUNK : (k + 1) * CHUNK] for k, part in enumerate(parts)}
@@ -128,19 +128,19 @@ def claim_folder(output: Path) -> Iterator[Path]:
     try:
         with file_lock(folder / "lock", timeout=0):
             yield folder
+            shutil.rmtree(folder, ignore_errors=True)
     except Timeout:
         raise DataError(f"{output}: another predict.py is writing it") from None
-    shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan_parts(folder: Path, files: dict[Star, Paths], checkpoint: dict[str, Any]) -> tuple[list[Path], list[Path]]:
+def plan_parts(folder: Path, files: dict[Star, Paths], checkpoint: Path) -> tuple[list[Path], list[Path]]:
     """The paths of all parts, and those that are not there yet; as the first process sees it.
 
-    Parts of an interrupted run are there if it had the same checkpoint, stars, files and code.
+    Parts of an interrupted run are there if it had the same checkpoint, stars and files.
     """
     plan = None
     if distributed.rank() == 0:
-        run = fingerprint(files), list(files), checkpoint["config"].get("training_id"), checkpoint["epoch"]
+        run = fingerprint(files), list(files), file_stamp(checkpoint)
         own_folder = folder / hashlib.sha256(repr(run).encode()).hexdigest()
         parts = [own_folder / f"{start}.csv" for start in range(0, len(files), CHUNK)]
         plan = parts, [part for part in parts if not part.exists()]

@@ -1,6 +1,6 @@
 """From a star's files to its row in the table of predictions; shared by predict.py and show_star.py.
 
-    inputs = read_star(INPUTS["fusion"], star, find_files(FileIndex(data_dir), star))
+    inputs = read_star(INPUTS["fusion"], star, FileIndex(data_dir).files(star))
     [row] = classify(classifier, checkpoint["references"], [inputs])
 
 A star can be classified where a network could have been trained on it: cache.py has the rule.
@@ -16,16 +16,15 @@ from torch import Tensor
 from cache import Paths, check_star, decode_file
 from catalog import CLASS_NAMES, Star
 from classifier import Classifier
-from dataset import Batch, move
+from evaluation import STARS_AT_ONCE
 from outliers import References, is_outlier, outlier_score
-from star_files import FileIndex
+from preparation import Batch, move
 
 COLUMNS = (
     "name", "plate", "mjd", "fiberID", "catalog_subclass", "simulated", "predicted_subclass",
     *(f"p_{name}" for name in CLASS_NAMES), "expected_subclass", "expected_subclass_std",
     "outlier_score", "is_outlier", "problem",
 )  # fmt: skip
-STARS_AT_ONCE = {"cuda": 512, "cpu": 64}  # in a batch; on a CPU larger ones are slower
 
 
 class StarInputs(NamedTuple):
@@ -34,10 +33,6 @@ class StarInputs(NamedTuple):
     star: Star  # with its spectrum's position where the catalogue has none
     arrays: dict[str, np.ndarray]  # "spectra": (2, 3522) float32, "images": (3, 128, 128) uint8; the usable ones
     problem: str  # why the star cannot be classified; "" if it can
-
-
-def find_files(index: FileIndex, star: Star) -> Paths:
-    return {"spectra": index.spectrum(star), "images": index.cutout(star)}
 
 
 def read_star(kinds: tuple[str, ...], star: Star, paths: Paths) -> StarInputs:

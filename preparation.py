@@ -11,6 +11,7 @@ The window of 4000–9000 Å and its 3522 pixels are the paper's.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,12 +35,21 @@ OUTLIER_SIGMA = 5.0
 OUTLIER_FLUX = 2.0  # of the neighbours' median or, where that is less, of the spectrum's; Hα of 7 Å stays within it
 OUTLIER_WINDOW = 15  # pixels
 
-# A pixel's weight in the mean spectrum is 1 / (its variance + INTRINSIC_SCATTER²), so that no bright star decides alone.
+# A pixel's weight in the mean spectrum is 1 / (its variance + INTRINSIC_SCATTER²), so no bright star decides alone.
 INTRINSIC_SCATTER = 0.1  # of the median flux; about how much stars of one class differ
 
 # Mean and standard deviation of ImageNet's images, by colour; torchvision's weights expect them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Batch(NamedTuple):
+    """Some prepared stars; an input that the modality does not read is None."""
+
+    spectra: Tensor | None  # (B, 2, 3522) float32: flux over its median, and its inverse variance
+    images: Tensor | None  # (B, 3, 128, 128) uint8, or float32 of mixed stars; 0…255
+    targets: Tensor  # (B,) int64 class indices, or (B, 5) float32 class weights of mixed stars
+    image_mask: Tensor | None = None  # (B,) bool: the Transformer sees the image; None: of all stars
 
 
 def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:
@@ -79,9 +89,11 @@ def prepare_cutout(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # height, width, colour → colour, height, width
 
 
-def noise_of(ivar: Tensor) -> Tensor:
-    """Standard deviation of each pixel; 0 where it is bad."""
-    return torch.where(ivar > 0, ivar.clamp(min=1e-30).rsqrt(), 0.0)
+def move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; to a GPU through pinned memory, so that nothing waits for the copy."""
+    if device.type == "cpu":
+        return batch
+    return Batch(*(None if part is None else part.pin_memory().to(device, non_blocking=True) for part in batch))
 
 
 def smooth(flux: Tensor, ivar: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -114,8 +126,6 @@ class Standardisation(nn.Module):
         self.register_buffer("continuum_basis", basis, persistent=False)
         self.register_buffer("mean", torch.zeros(SPECTRUM_LENGTH))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("eigenspectra", torch.zeros(SPECTRUM_LENGTH, recipe.num_eigenspectra))
-        self.register_buffer("amplification", torch.ones(recipe.num_eigenspectra))
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
 
@@ -132,17 +142,6 @@ class Standardisation(nn.Module):
         self.mean.copy_((weights * flux).sum(dim=0) / weights.sum(dim=0))
         deviations = flux - self.mean
         self.scale.copy_(((weights * deviations**2).sum() / weights.sum()).sqrt())
-        if self.recipe.num_eigenspectra:
-            star_weights = weights.mean(dim=1, keepdim=True).sqrt()
-            components = torch.linalg.svd(star_weights * deviations, full_matrices=False).Vh
-            components = components[: min(self.recipe.num_eigenspectra, len(flux) - 1)]
-            self.eigenspectra.zero_()[:, : len(components)] = components.T
-            if self.recipe.whiten:
-                share = star_weights**2 / (star_weights**2).sum()
-                spread = (share * (deviations @ self.eigenspectra) ** 2).sum(dim=0).sqrt()
-                self.amplification.copy_(
-                    self.scale * math.sqrt(SPECTRUM_LENGTH / self.recipe.num_eigenspectra) / spread
-                )
 
     def filter(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
         """Flux and inverse variance (B, 3522), smoothed and without continuum as the recipe says."""
@@ -156,13 +155,7 @@ class Standardisation(nn.Module):
     def forward(self, spectra: Tensor | None, images: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         specs = imgs = None
         if spectra is not None:
-            specs, ivar = self.filter(spectra)
-            specs = (specs - self.mean) / self.scale
-            if self.recipe.shrinkage:
-                signal = self.recipe.shrinkage**2 * ivar
-                specs = specs * signal / (1 + signal)
-            if self.recipe.num_eigenspectra:
-                specs = specs @ self.eigenspectra * self.amplification @ self.eigenspectra.T
+            specs = (self.filter(spectra)[0] - self.mean) / self.scale
         if images is not None:
             imgs = (images - self.image_mean) / self.image_std
             imgs = imgs.contiguous(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ MODALITIES = ("fusion", "spectrum", "image")
 IMAGE_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
-def _choice(default: Any, parse: Any, text: str) -> Any:
+def _option(default: Any, parse: Any, text: str) -> Any:
     """A field with its default, its argparse type or tuple of choices, and its help text."""
     return dataclasses.field(default=default, metadata={"parse": parse, "help": text})
 
@@ -31,53 +31,35 @@ _fraction = number_between(float, 0, 1)
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     # The network: the paper, and the authors' code (github.com/Gajiln/Spectrum-Image-Star-Classification).
-    modality: str = _choice("fusion", MODALITIES, "inputs of the network; the paper's: both")
-    image_backbone: str = _choice("resnet152", IMAGE_BACKBONES, "the paper's is resnet152")
-    image_weights: str = _choice("imagenet", str, "initial weights of the ResNet: imagenet, none, or a file's path")
-    num_layers: int = _choice(8, number_between(int, 1, 48), "layers of the Transformer; the authors' 8")
-    sic_weight: float = _choice(1.0, number_between(float, 0, 1000), "weight of the contrastive loss; the authors' 1")
-    attention_std: float = _choice(0.02, number_between(float, 0, 1), "initial deviation of queries and keys; ViLT's")
-    position_std: float = _choice(0.02, number_between(float, 0, 1), "initial deviation of positions; ViLT's")
-    zero_init_residual: int = _choice(0, (0, 1), "residual blocks begin as identities")
+    modality: str = _option("fusion", MODALITIES, "inputs of the network; the paper's: both")
+    image_backbone: str = _option("resnet152", IMAGE_BACKBONES, "torchvision ResNet of the image encoder")
+    image_weights: str = _option("imagenet", str, "initial weights of the ResNet: imagenet, none, or a file's path")
+    num_layers: int = _option(8, number_between(int, 1, 48), "layers of the Transformer; the authors' 8")
+    sic_weight: float = _option(1.0, number_between(float, 0, 1000), "weight of the contrastive loss; the authors' 1")
 
     # Training: not published. AdamW with warm-up and a cosine is what Transformers are usually trained with.
-    num_epochs: int = _choice(20, number_between(int, 1, 10**6), "passes over the training stars")
-    batch_size: int = _choice(32, number_between(int, 1, 10**6), "stars a step, at most")
-    learning_rate: float = _choice(1e-4, number_between(float, 1e-9, 10), "highest rate of the schedule")
-    warmup_epochs: float = _choice(2.0, number_between(float, 0, 10**6), "epochs of rising rate, at most a third")
-    weight_decay: float = _choice(0.01, number_between(float, 0, 10), "of AdamW; not on biases, norms, embeddings")
-    max_gradient_norm: float = _choice(1.0, number_between(float, 1e-9, 1e9), "gradients are clipped at this norm")
-    clip_encoder_apart: int = _choice(0, (0, 1), "the image encoder's gradients are clipped apart from all others")
-    ema_span: float = _choice(0.0, _fraction, "EMA of the weights, over this fraction of the steps")
+    num_epochs: int = _option(20, number_between(int, 1, 10**6), "passes over the training stars")
+    batch_size: int = _option(32, number_between(int, 1, 10**6), "maximum batch size, over all processes")
+    learning_rate: float = _option(1e-4, number_between(float, 1e-9, 10), "peak learning rate")
+    warmup_epochs: float = _option(
+        2.0, number_between(float, 0, 10**6), "epochs of warm-up, at most a third of the run"
+    )
+    weight_decay: float = _option(0.01, number_between(float, 0, 10), "of AdamW; not on biases, norms, embeddings")
+    max_gradient_norm: float = _option(1.0, number_between(float, 1e-9, 1e9), "gradients are clipped at this norm")
 
     # Spectra: flux over its median, less the training stars' mean spectrum, over one scale.
-    continuum_degree: int = _choice(-1, number_between(int, -1, 20), "polynomial subtracted from a spectrum; -1: none")
-    smoothing: float = _choice(0.0, number_between(float, 0, 100), "sigma in pixels, weighted by inverse variance")
-    shrinkage: float = _choice(0.0, number_between(float, 0, 10), "intrinsic scatter that noise is weighed against")
-    num_eigenspectra: int = _choice(
-        0, number_between(int, 0, 3522), "spectra are projected on so many; 0: they are not"
-    )
-
-    whiten: int = _choice(0, (0, 1), "coefficients of eigenspectra are scaled to unit variance")
+    continuum_degree: int = _option(-1, number_between(int, -1, 20), "of the polynomial taken off spectra; -1: none")
+    smoothing: float = _option(0.0, number_between(float, 0, 100), "sigma of a Gaussian in pixels, weighted by ivar")
 
     # Augmentation: none.
-    mixup: float = _choice(0.0, _fraction, "highest weight of another star, of the same or an adjacent class")
-    spectrum_shift: int = _choice(0, number_between(int, 0, 100), "largest shift of a spectrum, in pixels of 69 km/s")
-    spectrum_noise: float = _choice(0.0, number_between(float, 0, 10), "most noise added, relative to the star's own")
-    spectrum_tilt: float = _choice(0.0, number_between(float, 0, 1), "deviation of a random error of flux calibration")
-    rotate_and_flip: int = _choice(0, (0, 1), "images are rotated by quarter turns and mirrored")
-    image_dropout: float = _choice(0.0, _fraction, "fraction of the stars whose image is hidden in a step")
+    mixup: float = _option(0.0, _fraction, "largest weight of another star of the same or an adjacent class")
+    rotate_and_flip: int = _option(0, (0, 1), "images are rotated by quarter turns and mirrored")
+    image_dropout: float = _option(0.0, _fraction, "fraction of the stars whose image is hidden in a step")
 
 
 PAPER = Recipe()
 IMPROVED = dataclasses.replace(
-    PAPER,
-    learning_rate=3e-4,
-    ema_span=0.2,
-    mixup=0.5,
-    spectrum_shift=2,
-    spectrum_noise=1.0,
-    rotate_and_flip=1,
+    PAPER, smoothing=3.0, continuum_degree=3, mixup=0.5, rotate_and_flip=1, image_dropout=0.5
 )
 RECIPES = {"paper": PAPER, "improved": IMPROVED}
 

@@ -52,7 +52,7 @@ from dataset import Batch
 from mdwarf import air_to_vacuum
 from outliers import References
 from plots import Axes, new_figure
-from prediction import StarInputs, classify, find_files, make_batch, read_star
+from prediction import StarInputs, classify, make_batch, read_star
 from preparation import SPECTRUM_LENGTH, WAVELENGTH
 from sdss_files import CUTOUT_SCALE, IMAGE_SIZE, Cutout, Spectrum, read_cutout, read_spectrum
 from star_files import FileIndex, catalog_path
@@ -115,7 +115,7 @@ def find_stars(names: list[str], stars: list[Star], catalog: Path) -> list[Star]
 
 def read_page(star: Star, index: FileIndex, classifier: Classifier | None, references: References) -> Page:
     """Raises DataError where there is nothing to draw."""
-    paths = find_files(index, star)
+    paths = index.files(star)
     inputs = read_star(INPUTS[classifier.recipe.modality if classifier else "fusion"], star, paths)
     spectrum = cutout = None
     with contextlib.suppress(DataError):  # damaged: the page shows the rest
@@ -266,11 +266,11 @@ def choose_sheet_stars(stars: list[Star], index: FileIndex, data_dir: Path) -> d
     chosen = {}
     for subclass in (*CLASS_NAMES, ""):
         members = (star for star in stars if star.subclass == subclass)
-        read = (read_star(INPUTS["fusion"], star, find_files(index, star)) for star in members)
+        read = (read_star(INPUTS["fusion"], star, index.files(star)) for star in members)
         if some := list(itertools.islice((inputs for inputs in read if not inputs.problem), SHEET_STARS)):
             chosen[subclass] = some
     if not chosen:
-        problem = read_star(INPUTS["fusion"], stars[0], find_files(index, stars[0])).problem
+        problem = read_star(INPUTS["fusion"], stars[0], index.files(stars[0])).problem
         raise DataError(f"{data_dir}: none of its {len(stars)} stars has a good spectrum and a good image ({problem})")
     return chosen
 

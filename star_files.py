@@ -50,6 +50,10 @@ class FileIndex:
         """The star's spectrum, None if there is none. Raises DataError if two files for it differ."""
         return _only(self._spectra.get((star.plate, star.mjd, star.fiberID), []))
 
+    def files(self, star: Star) -> dict[str, Path | None]:
+        """Both, by the name of their arrays."""
+        return {"spectra": self.spectrum(star), "images": self.cutout(star)}
+
     def cutout(self, star: Star) -> Path | None:
         """The star's cutout, None if there is none. Raises DataError if two files for it differ."""
         return _only(self._cutouts.get(star.name, []))

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import itertools
 import math
 import time
 from dataclasses import asdict
@@ -30,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
 
 import distributed
 import history
@@ -40,8 +38,8 @@ from catalog import CLASS_NAMES, Star, count_known, describe
 from checkpoint import load_checkpoint, load_image_weights, save_checkpoint
 from classifier import Classifier
 from cli import DataError, progress, quietly, run_as_script, write_atomically
-from dataset import StarLoader, equal_batches, random_stream, split_stars
-from device import choose_device, choose_precision, describe_device
+from dataset import StarLoader, random_stream, split_stars
+from device import choose_device, choose_precision, describe_device, out_of_memory_hint
 from evaluation import evaluate, print_scores
 from history import Paths, Training
 from preparation import SPECTRUM_LENGTH
@@ -70,15 +68,13 @@ class LossMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.total, self.steps = torch.zeros((), device=device), 0
-        self.arrived = torch.zeros(())
-        if device.type == "cuda":
-            self.arrived = self.arrived.pin_memory()
+        self.host_total = torch.zeros((), pin_memory=device.type == "cuda")
 
     def add(self, loss: Tensor) -> None:
         self.total += loss
         self.steps += 1
-        self.check(self.arrived)
-        self.arrived.copy_(self.total, non_blocking=True)
+        self.check(self.host_total)
+        self.host_total.copy_(self.total, non_blocking=True)
 
     def mean(self) -> float:
         self.check(self.total)
@@ -97,20 +93,10 @@ def train_one_epoch(trainer: Trainer, loader: StarLoader, epoch: int, seed: int,
     torch.manual_seed(random_stream(seed, epoch, distributed.rank() + 1))  # of the augmentation
     trainer.classifier.train()
     losses = LossMeter(trainer.device)
-    steps, _ = equal_batches(len(loader), batch_size, distributed.world_size())
-    for batch in progress(loader.epoch(batch_size, order), desc=description, unit="batch", total=steps):
+    batches = loader.epoch(batch_size, order)
+    for batch in progress(batches, desc=description, unit="batch", total=loader.num_batches(batch_size)):
         losses.add(trainer.step(batch))
     return losses.mean()
-
-
-def measure_batch_norms(classifier: Classifier, loader: StarLoader, seed: int) -> None:
-    """Set the batch norms' means and variances to those of training stars: averaged weights have none of their own."""
-    encoder, batch_size = classifier.network.image_encoder, classifier.recipe.batch_size
-    if encoder is not None:
-        batches = loader.epoch(batch_size, torch.Generator().manual_seed(seed))
-        some = itertools.islice(batches, math.ceil(STATISTICS_STARS / batch_size))
-        with classifier.autocast():
-            update_bn((classifier.standardise(None, batch.images)[1] for batch in some), encoder)
 
 
 def fit(
@@ -123,31 +109,30 @@ def fit(
     """
     record = training.record
     config, curves, final = record["config"], record["epoch_metrics"], record["final_metrics"]
-    epochs, batch_size = config["num_epochs"], config["batch_size"]
+    epochs = config["num_epochs"]
     if training.states:
         trainer.load_state_dict(training.states)
     state_written = time.perf_counter()
     for epoch in range(len(curves["train_loss"]) + 1, epochs + 1):
         started, now = time.perf_counter(), f"epoch {epoch}/{epochs}"
         train_loss = train_one_epoch(trainer, loaders["train"], epoch, config["random_seed"], now)
-        if trainer.trained is not trainer.classifier:
-            measure_batch_norms(trainer.trained, loaders["train"], config["random_seed"])
-        distributed.synchronise_buffers(trainer.trained)
-        validation = evaluate(trainer.trained, loaders["validation"], batch_size, f"{now}, validating")
+        distributed.synchronise_buffers(trainer.classifier)
+        validation = evaluate(trainer.classifier, loaders["validation"], f"{now}, validating")
         scores = validation.scores()
+        results = {"train_loss": train_loss, "val_loss": validation.loss}
+        results |= {f"val_{name}": score for name, score in scores.items()}
         best = is_best(scores["f1"], validation.loss, curves)
         if best and distributed.rank() == 0:  # before the record says so: Ctrl-C may come at any moment
             with write_atomically(paths.checkpoint) as temporary:
-                save_checkpoint(temporary, trainer.trained, epoch=epoch, **contents)
-        losses = {"train_loss": train_loss, "val_loss": validation.loss}
+                save_checkpoint(temporary, trainer.classifier, epoch=epoch, **contents)
         for name, curve in curves.items():
-            curve.append(losses[name] if name in losses else scores[name.removeprefix("val_")])
+            curve.append(results[name])
         if best:
             final["best_epoch"] = epoch
         elapsed = time.perf_counter() - started
         record["total_training_time_seconds"] = round(record["total_training_time_seconds"] + elapsed, 1)
         if epoch < epochs and distributed.rank() == 0:
-            training.keep(trainer.state_dict())
+            training.snapshot(trainer.state_dict())
             if time.perf_counter() - state_written >= STATE_INTERVAL:
                 training.save(paths.state)
                 state_written = time.perf_counter()
@@ -170,9 +155,9 @@ def is_best(f1: float, loss: float, curves: dict[str, list[float]]) -> bool:
 
 def begin(
     args: argparse.Namespace, training_id: str, classifier: Classifier, prepared: PreparedStars,
-    splits: dict[str, np.ndarray], not_used: dict[str, Any],
+    splits: dict[str, np.ndarray], unused_stars: dict[str, Any],
 ) -> Training:  # fmt: skip
-    """A run before its first epoch; its record has every option, and what they came to."""
+    """A new run. Its record holds all options and the values derived from them."""
     recipe, options = args.recipe, history.plain_options(args)
     held_out = np.concatenate([splits["validation"], splits["test"]])
     device = next(classifier.parameters()).device
@@ -203,7 +188,7 @@ def begin(
             part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
             for part, indices in splits.items()
         },
-        **not_used,
+        **unused_stars,
         "versions": history.library_versions(),
         "git_commit": history.git_commit(),
     }
@@ -217,23 +202,22 @@ def begin(
 
 
 def identify(prepared: PreparedStars) -> list[str]:
-    """Everything that the split depends on, which a resumed run must find again."""
+    """The stars as text; a resumed run must find the same."""
     return [repr(star) for star in prepared.stars]
 
 
 def train(
-    args: argparse.Namespace, prepared: PreparedStars, not_used: dict[str, Any], unfinished: Training | None = None
+    args: argparse.Namespace, prepared: PreparedStars, unused_stars: dict[str, Any], unfinished: Training | None = None
 ) -> dict:
     """A whole run on those stars, or the rest of an unfinished one: split, train; then evaluate the best checkpoint,
     record, plot. Returns the record."""
     device, recipe = choose_device(args.device), args.recipe
-    set_backends()
     torch.manual_seed(args.random_seed)
     splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
     classifier = make_classifier(recipe, choose_precision(args.precision, device), prepared, splits["train"])
     classifier.to(device)
     loaders = {part: StarLoader(prepared, indices, device) for part, indices in splits.items()}
-    trainer = Trainer(classifier, recipe.num_epochs, steps_per_epoch(loaders["train"], recipe.batch_size))
+    trainer = Trainer(classifier, recipe.num_epochs, loaders["train"].num_batches(recipe.batch_size))
     contents = {
         # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
         "splits": {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()},
@@ -244,7 +228,7 @@ def train(
     # Of several processes, the first alone writes files, and has an ID to name them by.
     claim = history.claim_training_id(args.output_dir, resumed_id) if first else contextlib.nullcontext("")
     with claim as training_id:
-        training = unfinished or begin(args, training_id, classifier, prepared, splits, not_used)
+        training = unfinished or begin(args, training_id, classifier, prepared, splits, unused_stars)
         record, config = training.record, training.record["config"]
         print(f"\n{config['model_architecture']}, {sum(p.numel() for p in classifier.parameters()) / 1e6:.1f} M "
               f"parameters, on {config['device']} in {config['precision']}; {config['stars']}: {len(splits['train'])} "
@@ -256,25 +240,22 @@ def train(
             fit(trainer, loaders, training, paths, contents | {"config": config})
         except (KeyboardInterrupt, DataError, OSError) as reason:
             stopped = reason
-        distributed.leave()  # the first process finishes alone
+        distributed.leave()
+        if not first:
+            return record  # the first process finishes alone
+        if stopped and training.states:
+            with contextlib.suppress(OSError):  # the disk is full: an earlier state may be there
+                training.save(paths.state)
         record["stopped"] = None if stopped is None else str(stopped) or "interrupted"
         # A run that was stopped is recorded with the epochs that it has done, if it has.
-        if first and record["epoch_metrics"]["train_loss"]:
+        if record["epoch_metrics"]["train_loss"]:
             finish(record, loaders, paths, device)
         if stopped is None:
             paths.state.unlink(missing_ok=True)
             return record
-        if first and training.states:
-            with contextlib.suppress(OSError):  # the disk is full: an earlier state may be there
-                training.save(paths.state)
-            if paths.state.exists():
-                print(f"python train.py --resume {paths.state}    goes on after the last whole epoch")
+        if paths.state.exists():
+            print(f"Resume after the last whole epoch with: python train.py --resume {paths.state}")
         raise stopped
-
-
-def set_backends() -> None:
-    """TF32 on GPUs where bf16 is not used. cuDNN's trial of algorithms stays off: it takes seconds and wins nothing."""
-    torch.set_float32_matmul_precision("high")
 
 
 def make_classifier(recipe: Recipe, precision: str, prepared: PreparedStars, training_rows: np.ndarray) -> Classifier:
@@ -288,10 +269,6 @@ def make_classifier(recipe: Recipe, precision: str, prepared: PreparedStars, tra
     return classifier
 
 
-def steps_per_epoch(loader: StarLoader, batch_size: int) -> int:
-    return equal_batches(len(loader), batch_size, distributed.world_size())[0]
-
-
 def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths, device: torch.device) -> None:
     """Evaluate the best checkpoint, put the run into the history, draw its plots."""
     best, checkpoint = load_checkpoint(paths.checkpoint, device)
@@ -300,7 +277,7 @@ def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths, device: t
     if checkpoint["epoch"] > len(record["epoch_metrics"]["train_loss"]):
         return  # a resumed run, stopped before it was where it had been stopped before: its earlier record stays
     stars = {part: f"{len(loader)} {part} stars of {config['stars']}" for part, loader in loaders.items()}
-    evaluations = {part: evaluate(best, loaders[part], config["batch_size"]) for part in PARTS if len(loaders[part])}
+    evaluations = {part: evaluate(best, loaders[part]) for part in PARTS if len(loaders[part])}
     for part, evaluation in evaluations.items():
         key = "val" if part == "validation" else part
         final |= evaluation.final_metrics(key, f"{stars[part]}, {PARTS[part]}")
@@ -342,7 +319,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
                 f"{args.data_dir}: none of the checkpoint's {args.split} stars is here; --split all scores others"
             )
     loader = StarLoader(prepared, indices, next(classifier.parameters()).device)
-    evaluation = evaluate(classifier, loader, config["batch_size"])
+    evaluation = evaluate(classifier, loader)
     print(f"\n{args.evaluate}, epoch {checkpoint['epoch']}, on {describe([prepared.stars[i] for i in indices])}")
     print(f"({args.split}; trained on {len(parts['train'])} of {config['stars']})\n")
     print(evaluation.report())
@@ -350,61 +327,78 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     print(f"loss {evaluation.loss:.3f}")
 
 
-def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training | None]:
-    """The options of the unfinished run that --resume names, and that run; None if there is none to go on with.
-
-    Raises DataError where an option on the command line differs from the run's.
-    """
-    path = Path(args.resume)
-    if args.resume == "auto":
-        states = sorted((args.output_dir / "checkpoints").glob(history.STATE_FILES.format("*")))
-        if not states:
-            print(f"{args.output_dir / 'checkpoints'}: no unfinished run; a new one begins")
-            return args, None
-        path = states[-1]
-    unfinished = history.load_training(path)
+def differing_options(args: argparse.Namespace, unfinished: Training) -> list[str]:
+    """The options on the command line that are not as in the unfinished run."""
     now, then = (
         options | options["recipe"] | {"recipe": options["recipe_name"]}
         for options in (history.plain_options(args), unfinished.options)
     )
     compared = args.given.keys() & now.keys() - {"output_dir"}  # the directory may have moved
-    if differing := [args.given[name] for name in compared if now[name] != then[name]]:
-        raise DataError(f"{path}: its run had another {min(differing)}; go on without that option")
+    return sorted(args.given[name] for name in compared if now[name] != then[name])
+
+
+def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training | None]:
+    """The options of the unfinished run that --resume names, and that run.
+
+    With "auto" it is the newest one that agrees with the options on the command line; None if there is none. Raises
+    DataError where an option differs from those of the run that is named.
+    """
+    automatic = args.resume == "auto"
+    newest_first = sorted((args.output_dir / "checkpoints").glob(history.STATE_FILES.format("*")), reverse=True)
+    for path in newest_first if automatic else [Path(args.resume)]:
+        unfinished = history.load_training(path)
+        if not (differing := differing_options(args, unfinished)):
+            break
+        if not automatic:
+            raise DataError(f"{path}: its run had another {differing[0]}; go on without that option")
+        print(f"{path}: not resumed, its run had another {', '.join(differing)}")
+    else:
+        print(f"{args.output_dir / 'checkpoints'}: no unfinished run of these options; a new one begins")
+        return args, None
     options = unfinished.options | {
         "recipe": Recipe(**unfinished.options["recipe"]),
         "data_dir": Path(unfinished.options["data_dir"]),
         "output_dir": path.parent.parent if path.parent.name else Path(".."),  # which may have moved
+        "device": args.device,
+        "num_workers": args.num_workers,
     }
     done = len(unfinished.record["epoch_metrics"]["train_loss"])
     print(f"{path}: {done} of {options['recipe'].num_epochs} epochs are done")
     return argparse.Namespace(**options), unfinished
 
 
+def make_demo_stars(args: argparse.Namespace) -> None:
+    if distributed.world_size() > 1:
+        raise DataError("--demo is for one process")
+    if args.data_dir.exists():
+        print(f"{args.data_dir} exists: its stars are used; delete it for new ones")
+        return
+    low, high = DEMO_SNR
+    print(f"simulating {DEMO_STARS_PER_CLASS} stars of each class, of S/N {low} to {high}: brighter than SDSS's")
+    simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed, min_snr=low, max_snr=high)
+
+
 def main(args: argparse.Namespace) -> None:
     unfinished = None
-    with distributed.process_group(), quietly(args.quiet or distributed.rank() > 0):
+    with (
+        distributed.process_group(),
+        quietly(args.quiet or distributed.rank() > 0),
+        out_of_memory_hint("try a smaller --batch-size"),
+    ):
         if args.evaluate:
-            return evaluate_checkpoint(args)
+            evaluate_checkpoint(args)
+            return
+        if args.demo:
+            make_demo_stars(args)
         if args.resume:
             args, unfinished = resume(args)
-        elif args.demo and args.data_dir.exists():
-            print(f"{args.data_dir} is there already: its stars are used as they are; delete it for new ones")
-        elif args.demo:
-            low, high = DEMO_SNR
-            print(
-                f"simulating {DEMO_STARS_PER_CLASS} stars of each class, of S/N {low} to {high}: brighter than SDSS's"
-            )
-            simulate(args.data_dir, per_class=DEMO_STARS_PER_CLASS, seed=args.random_seed, min_snr=low, max_snr=high)
-        prepared, not_used = read_stars(args.data_dir, args.recipe.modality, args.num_workers)
+        prepared, unused_stars = read_stars(args.data_dir, args.recipe.modality, args.num_workers)
         if unfinished and identify(prepared) != unfinished.stars:
             raise DataError(
                 f"{args.data_dir}: its stars are no longer the {unfinished.record['config']['stars']} that the run "
                 "began with; only with these can it go on"
             )
-        try:
-            train(args, prepared, not_used, unfinished)
-        except torch.OutOfMemoryError as error:
-            raise DataError("the GPU's memory is full; try a smaller --batch-size") from error
+        train(args, prepared, unused_stars, unfinished)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,7 @@ DEMO_DIR = Path("demo")
 DEMO_DEFAULTS = {"data_dir": DEMO_DIR / "stars", "output_dir": DEMO_DIR}
 DEMO_RECIPE = {"num_epochs": 8, "image_weights": "none"}
 NOT_GIVEN = object()
-# Options that a command does not use are refused, not ignored.
-USED_BY = {
-    "evaluate": {"evaluate", "split", "data_dir", "num_workers", "device", "quiet"},
-    "split": {"evaluate", "split", "data_dir", "num_workers", "device", "quiet"},
-}
+EVALUATE_OPTIONS = {"evaluate", "split", "data_dir", "num_workers", "device", "quiet"}
 
 
 def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,11 +19,10 @@ def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.N
     those on the command line to the options as written there."""
     parser = make_parser(docstring)
     args = parser.parse_args(argv)
-    again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN)))
-    args.given = {name: parser.option(name) for name, value in vars(again).items() if value is not NOT_GIVEN}
-    for command, used in USED_BY.items():
-        if command in args.given and (ignored := args.given.keys() - used):
-            parser.error(f"--{command} does not use {args.given[min(ignored)]}")
+    explicit = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN)))
+    args.given = {name: parser.option(name) for name, value in vars(explicit).items() if value is not NOT_GIVEN}
+    if args.evaluate and (ignored := args.given.keys() - EVALUATE_OPTIONS):
+        parser.error(f"--evaluate does not use {args.given[min(ignored)]}")
     if "split" in args.given and not args.evaluate:
         parser.error("--split chooses the stars of --evaluate")
     if args.demo and args.resume:
@@ -45,21 +40,25 @@ def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.N
 def make_parser(docstring: str) -> ScriptParser:
     parser = ScriptParser(docstring)
     add, number = parser.add_argument, number_between
-    add("--data-dir", type=Path, default=Path("."), help="holds objects.csv, spectra/ and images/")
-    add("--output-dir", type=Path, default=Path("."), help="gets checkpoints/, plots/ and training_history.json")
-    add("--validation-split", type=number(float, 0.001, 0.999), default=0.2,
+    add("--data-dir", type=Path, default=Path("."), metavar="DIR",
+        help="directory with objects.csv, spectra/ and images/")  # fmt: skip
+    add("--output-dir", type=Path, default=Path("."), metavar="DIR",
+        help="directory for checkpoints/, plots/ and training_history.json")  # fmt: skip
+    add("--validation-split", type=number(float, 0.001, 0.999), default=0.2, metavar="FRACTION",
         help="fraction of the stars used for checkpoint selection")  # fmt: skip
-    add("--test-split", type=number(float, 0, 0.999), default=0.0, help="fraction of the stars held out")
-    add("--seed", dest="random_seed", type=number(int, 0, 2**32 - 1), default=42, help="of split and training")
+    add("--test-split", type=number(float, 0, 0.999), default=0.0, metavar="FRACTION",
+        help="fraction of the stars held out")  # fmt: skip
+    add("--seed", dest="random_seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N",
+        help="random seed of the split and the training")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--num-workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1),
+    add("--num-workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that decode the stars' files")  # fmt: skip
-    add("--resume", metavar="{auto,FILE}", help="go on with the unfinished run of this checkpoints/last_state_ID.pth; "
-        "auto: the newest in --output-dir, or a new run if there is none")  # fmt: skip
+    add("--resume", metavar="{auto,FILE}", help="resume an unfinished run from checkpoints/last_state_ID.pth; auto: "
+        "the newest one with these options in --output-dir, or a new run if there is none")  # fmt: skip
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")
     add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate "
-        "scores; all: every star of a directory that took no part in training")  # fmt: skip
+        "scores; all: every star of --data-dir")  # fmt: skip
     add("--demo", action="store_true", help=f"train on simulated stars, from random weights; all in {DEMO_DIR}/")
     parser.add_quiet()
     add_recipe_options(parser)

@@ -1,4 +1,4 @@
-"""One training step: augmentation, loss, gradients, AdamW, EMA; on one GPU captured as a CUDA graph.
+"""One training step: augmentation, loss, gradients, AdamW; on one GPU captured as a CUDA graph.
 
 A step of this network is thousands of small kernels. Launched one by one from Python, they leave an H200 idle for most
 of the time. Captured once, they are launched together: benchmarks/README.md has the figures.
@@ -12,25 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import distributed
 from augmentation import augment
 from classifier import Classifier
-from dataset import Batch
 from loss_sic import loss_sic
 from model import contrastive_logits
+from preparation import Batch
 
-PLAIN_STEPS = 3  # before the capture: cuDNN chooses its algorithms, and AdamW makes its state
+PLAIN_STEPS = 3  # before the capture: libraries initialise, AdamW allocates its state
 NOT_DECAYED = ("cls_token", "position_embedding", "token_type_embedding.weight")  # nor are biases and norms
 
 
 class Trainer:
-    """A classifier in training, with its optimizer, schedule and, if the recipe asks for one, the EMA of its weights.
+    """A classifier in training, with its optimizer and schedule.
 
     step(batch): learns from a Batch on the classifier's device; returns the loss, a tensor there that the next call
         may overwrite. Nothing waits for the device.
-    trained: the classifier to validate and keep: the EMA, or the classifier itself.
     """
 
     def __init__(self, classifier: Classifier, epochs: int, steps_per_epoch: int) -> None:
@@ -38,79 +36,55 @@ class Trainer:
         self.classifier = distributed.synchronise_batch_norms(classifier)
         spec_encoder = classifier.network.spec_encoder
         if spec_encoder is not None and (recipe.modality != "fusion" or recipe.sic_weight == 0):
-            spec_encoder.fc.requires_grad_(False)  # only the contrast depends on it; shared gradients must all exist
-        self.shared = distributed.share_gradients(self.classifier)
+            # Only the contrastive loss uses this layer. DDP needs a gradient for every trainable parameter.
+            spec_encoder.fc.requires_grad_(False)
+        self.ddp_model = distributed.wrap_ddp(self.classifier)
         self.device = next(classifier.parameters()).device
         self.optimizer = make_optimizer(classifier.network, recipe.learning_rate, recipe.weight_decay)
         total_steps = epochs * steps_per_epoch
-        self.warmup_steps = min(round(recipe.warmup_epochs * steps_per_epoch), math.ceil(total_steps / 3))
-        self.scheduler = LambdaLR(self.optimizer, warmup_and_cosine(self.warmup_steps, total_steps))
-        self.trained = copy.deepcopy(self.classifier) if recipe.ema_span else self.classifier
-        self._average = get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_span * total_steps))
+        warmup_steps = min(round(recipe.warmup_epochs * steps_per_epoch), math.ceil(total_steps / 3))
+        self.scheduler = LambdaLR(self.optimizer, warmup_and_cosine(warmup_steps, total_steps))
         one_gpu = self.device.type == "cuda" and distributed.world_size() == 1
         self._learn = CapturedStep(self._plain_step) if one_gpu else self._plain_step
 
     def step(self, batch: Batch) -> Tensor:
         loss = self._learn(batch)
-        if self.trained is not self.classifier and self.scheduler.last_epoch < self.warmup_steps:
-            self._restart_ema()
         self.scheduler.step()
         return loss
-
-    @torch.no_grad()
-    def _restart_ema(self) -> None:
-        """The average begins with the weights after the warm-up: it holds nothing of the random ones before."""
-        for average, weights in zip(self.trained.parameters(), self.classifier.parameters(), strict=True):
-            average.copy_(weights)
 
     def _plain_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(augment(batch, self.recipe))
-        # Each process has the whole batch's loss, but the gradients by way of its own stars: their sum is wanted, and
-        # shared gradients are a mean.
+        # Every process computes the loss of the whole batch, but back-propagates only through its own stars. The
+        # gradients must be summed; DDP averages them.
         (loss * distributed.world_size()).backward()
         self._update()
         return loss.detach()
 
-    def _forward(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        return self.shared(batch)
-
     def _loss(self, batch: Batch) -> Tensor:
         """The loss of the batch of all processes."""
-        gathered = (None if part is None else distributed.gather_stars(part) for part in self._forward(batch))
+        gathered = (None if part is None else distributed.gather_stars(part) for part in self.ddp_model(batch))
         image_features, spectrum_features, fuse_logits = gathered
         align_logits = contrastive_logits(image_features, spectrum_features)
         targets = distributed.gather_stars(batch.targets)
         return loss_sic(align_logits, fuse_logits, targets, sic_weight=self.recipe.sic_weight)
 
     def _update(self) -> None:
-        for parameters in self._clipped_together():
-            nn.utils.clip_grad_norm_(parameters, self.recipe.max_gradient_norm)
+        nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.max_gradient_norm)
         self.optimizer.step()
-        if self.trained is not self.classifier:
-            self._average(list(self.trained.parameters()), list(self.classifier.parameters()), None)
-
-    def _clipped_together(self) -> list[list[nn.Parameter]]:
-        network = self.classifier.network
-        if not self.recipe.clip_encoder_apart or network.image_encoder is None:
-            return [list(network.parameters())]
-        encoder = list(network.image_encoder.parameters())
-        apart = set(encoder)
-        return [encoder, [parameter for parameter in network.parameters() if parameter not in apart]]
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that the next epoch depends on."""
-        parts = {"classifier": self.classifier, "trained": self.trained, "optimizer": self.optimizer}
-        parts["scheduler"] = self.scheduler
+        parts = {"classifier": self.classifier, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
 
     def load_state_dict(self, states: dict[str, Any]) -> None:
-        self.trained.load_state_dict(states["trained"])
         self.classifier.load_state_dict(states["classifier"])
         self.optimizer.load_state_dict(states["optimizer"])
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):  # load_state_dict leaves it where the file was read
-                group["lr"] = group["lr"].to(self.device)
+        on_gpu = self.device.type == "cuda"
+        for group in self.optimizer.param_groups:  # the state may come from another kind of device
+            rate = float(group["lr"])
+            group |= {"capturable": on_gpu, "lr": torch.tensor(rate, device=self.device) if on_gpu else rate}
         self.scheduler.load_state_dict(states["scheduler"])
 
 
@@ -119,21 +93,22 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[Batch], Tensor]) -> None:
         self.step, self.plain_steps, self.graph = step, 0, None
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, batch: Batch) -> Tensor:
         if self.plain_steps < PLAIN_STEPS:
             self.plain_steps += 1
-            # On a stream of its own, as the capture: torch.cuda.graph's rule for the steps before it.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            # torch.cuda.graph asks for steps on a stream of their own before the capture.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 loss = self.step(batch)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return loss
         if self.graph is None:
             self.batch = Batch(*(None if part is None else part.clone() for part in batch))
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # The thread that reads the next batch may use the GPU meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.loss = self.step(self.batch)
         for own, part in zip(self.batch, batch, strict=True):
             if part is not None:

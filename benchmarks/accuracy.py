@@ -67,7 +67,7 @@ NETWORKS = {
 UNUSED = {
     "fusion": (),
     "spectrum": ("sic_weight", "image_backbone", "image_weights", "rotate_and_flip"),
-    "image": ("sic_weight", "spectrum_shift", "spectrum_noise"),
+    "image": ("sic_weight",),
 }
 VALIDATION_SPLIT = 0.2
 
@@ -180,7 +180,6 @@ def train_network(
     recipe, seed = Recipe(**run["recipe"]), run["seed"]
     options = parse_training_options(train.__doc__, ["--seed", str(seed)])
     options.recipe, device = recipe, choose_device(options.device)
-    train.set_backends()
     torch.manual_seed(seed)
     unread = dict.fromkeys({"spectra", "images"} - set(INPUTS[recipe.modality]))
     training, test = training._replace(**unread), test._replace(**unread)
@@ -188,15 +187,15 @@ def train_network(
     precision = choose_precision(options.precision, device)
     classifier = train.make_classifier(recipe, precision, training, splits["train"]).to(device)
     loaders = {part: StarLoader(training, indices, device) for part, indices in splits.items()}
-    trainer = Trainer(classifier, recipe.num_epochs, train.steps_per_epoch(loaders["train"], recipe.batch_size))
+    trainer = Trainer(classifier, recipe.num_epochs, loaders["train"].num_batches(recipe.batch_size))
     test_loader = StarLoader(test, np.arange(len(test.stars)), device)
     with tempfile.TemporaryDirectory(dir=directory) as output_dir:
         paths = run_paths(Path(output_dir), "run")
         unfinished = train.begin(options, "run", classifier, training, splits, {})
         record = unfinished.record
         train.fit(trainer, loaders, unfinished, paths, {"config": record["config"], "splits": {}, "references": {}})
-        best = evaluate(load_checkpoint(paths.checkpoint, device)[0], test_loader, recipe.batch_size)
-    last = evaluate(trainer.trained, test_loader, recipe.batch_size)
+        best = evaluate(load_checkpoint(paths.checkpoint, device)[0], test_loader)
+    last = evaluate(trainer.classifier, test_loader)
     return best, {
         "last_f1": round(last.scores()["f1"], 4),
         "best_epoch": record["final_metrics"]["best_epoch"],

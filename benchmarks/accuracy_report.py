@@ -4,13 +4,12 @@ import argparse
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from catalog import CLASS_NAMES
 from cli import write_atomically
 from evaluation import Evaluation
+from plots import Axes, new_figure
 
 REFERENCE = "paper"  # the row that others are compared with
 SNR_LIMITS = (3, 5, 10, 20)
@@ -105,12 +104,10 @@ Weighted F1 on the held-out stars ± standard error: of a set over its draws, of
     if results["recipe"].notna().any():
         figures["snr.png"] = (draw_snr, (7, 4.5))
     for name, (draw, size) in figures.items():
-        figure = Figure(size, layout="constrained")
-        axes = figure.subplots()
-        draw(axes, results)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        figure.suptitle(title, fontsize=8)
-        with write_atomically(args.directory / name) as temporary:
-            figure.savefig(temporary, dpi=150)
+        with new_figure(args.directory / name, size) as figure:
+            axes = figure.subplots()
+            draw(axes, results)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+            figure.suptitle(title, fontsize=8)
     print(f"\n{table}\nin {args.directory}: results.jsonl, accuracy.md, {', '.join(figures)}")

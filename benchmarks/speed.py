@@ -31,10 +31,10 @@ from cache import PreparedStars
 from catalog import CLASS_NAMES, Star
 from classifier import Classifier
 from cli import ScriptParser, number_between, quietly, run_as_script
-from dataset import Batch, StarLoader
+from dataset import StarLoader
 from device import choose_device, choose_precision, describe_device
 from loss_sic import loss_sic
-from preparation import SPECTRUM_LENGTH
+from preparation import SPECTRUM_LENGTH, Batch
 from recipe import IMAGE_BACKBONES, IMPROVED, PAPER, Recipe
 from sdss_files import IMAGE_SIZE
 from trainer import Trainer
@@ -103,13 +103,14 @@ class HalfWeightsTrainer(Trainer):
         kept |= {network.cls_token, network.position_embedding, network.token_type_embedding.weight}
         self.weights = {name: weight for name, weight in classifier.named_parameters() if weight not in kept}
         self.halves = {name: weight.detach().bfloat16().requires_grad_() for name, weight in self.weights.items()}
+        self.ddp_model = lambda batch: torch.func.functional_call(classifier, self.halves, (batch,))
 
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    def _loss(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad():
             torch._foreach_copy_(list(self.halves.values()), list(self.weights.values()))
         for half in self.halves.values():
             half.grad = None
-        return torch.func.functional_call(self.classifier, self.halves, (batch,))
+        return super()._loss(batch)
 
     def _update(self) -> None:
         used = [name for name, half in self.halves.items() if half.grad is not None]
@@ -227,7 +228,6 @@ def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
     device = choose_device("auto")
-    train.set_backends()  # for both
     recipe = replace(PAPER, image_backbone=args.image_backbone)
     improved = replace(IMPROVED, image_backbone=args.image_backbone)
     rate = matrix_rate(device)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from augmentation import add_noise, augment, mix, rotate_and_flip, shift, tilt
+from augmentation import augment, mix, rotate_and_flip
 from dataset import Batch
 from preparation import SPECTRUM_LENGTH
 from recipe import IMPROVED, PAPER
@@ -72,40 +72,6 @@ def test_a_pixel_bad_in_either_star_is_bad_in_their_mixture():
 
 
 # One star
-
-
-def test_spectra_are_shifted_with_their_noise():
-    batch = batch_of(300)
-    spectra = batch.spectra.clone()
-    spectra[:, :, 1000] = torch.tensor([50.0, 0.0])
-    shifted = shift(spectra, 2)
-    places = shifted[:, 0].argmax(dim=1)
-    assert torch.equal(shifted[:, 1].argmin(dim=1), places)
-    assert places.unique().tolist() == [998, 999, 1000, 1001, 1002]
-    star = int((places == 1002).nonzero()[0])
-    assert torch.equal(shifted[star, :, 2:], spectra[star, :, :-2])
-    assert torch.equal(shifted[star, :, :2], spectra[star, :, :1].expand(2, 2))
-
-
-def test_a_calibration_error_keeps_the_signal_to_noise():
-    spectra = batch_of(300).spectra
-    tilted = tilt(spectra, 0.1)
-    factor = (tilted[:, 0] / spectra[:, 0]).log()
-    assert torch.allclose(tilted[:, 0] ** 2 * tilted[:, 1], spectra[:, 0] ** 2 * spectra[:, 1], rtol=1e-4)
-    assert (factor[:, -1] - factor[:, 0]).std().item() == pytest.approx(2 * 0.1, rel=0.15)
-    assert factor.mean(dim=1).abs().max() < 0.01
-
-
-def test_noise_is_added_in_proportion_to_the_stars_own():
-    batch = batch_of(200)
-    spectra = batch.spectra.clone()
-    spectra[:, 1, 1000:] = 0  # bad pixels have none
-    changed = add_noise(spectra, 2.0)
-    added = changed[:, 0] - spectra[:, 0]
-    assert not added[:, 1000:].any() and not changed[:, 1, 1000:].any()
-    level = added[:, :1000].std(dim=1) / 0.1
-    assert 0 <= level.min() < 0.1 and 1.9 < level.max() < 2.1
-    assert torch.allclose(changed[:, 1, 0] / spectra[:, 1, 0], 1 / (1 + level**2), rtol=0.15)
 
 
 def test_images_are_rotated_and_flipped_in_all_eight_ways():

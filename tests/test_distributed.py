@@ -67,7 +67,7 @@ def figures() -> dict[str, object]:
     (batch,) = StarLoader(prepared, np.arange(12), device).epoch(12, torch.Generator().manual_seed(1))
     found = {"stars": len(batch.targets), "loss": trainer.step(batch).item()}
     found |= {f"gradient of {name}": p.grad.clone() for name, p in classifier.named_parameters()}
-    validation = evaluate(classifier, StarLoader(prepared, np.arange(12, 19), device), batch_size=2)
+    validation = evaluate(classifier, StarLoader(prepared, np.arange(12, 19), device))
     return found | {"validation loss": validation.loss, "predictions": sorted(validation.predictions.tolist())}
 
 

@@ -15,7 +15,7 @@ from loss_sic import loss_sic
 from model import contrastive_logits
 from recipe import PAPER
 
-SMALL = replace(PAPER, image_backbone="resnet18", num_layers=1, sic_weight=0.5)
+SMALL = replace(PAPER, image_backbone="resnet18", num_layers=1, sic_weight=0.5, batch_size=8)
 
 
 def scores(targets: list[int], predictions: list[int]) -> dict[str, float]:
@@ -52,10 +52,10 @@ def classifier() -> Classifier:
 @pytest.mark.parametrize("at_once", [1, 16, 512])
 def test_the_loss_is_by_star_and_contrasts_one_batch_of_training(classifier, monkeypatch, at_once):
     """However many stars the network takes at once."""
-    monkeypatch.setattr(evaluation, "STARS_AT_ONCE", at_once)
+    monkeypatch.setattr(evaluation, "STARS_AT_ONCE", {"cpu": at_once})
     prepared = random_stars(4)
     loader = StarLoader(prepared, np.arange(20), torch.device("cpu"))
-    found = evaluate(classifier, loader, batch_size=8)
+    found = evaluate(classifier, loader)
     total, predictions = 0.0, []
     with torch.inference_mode():
         for batch in loader.in_order(8):
@@ -70,5 +70,5 @@ def test_the_loss_is_by_star_and_contrasts_one_batch_of_training(classifier, mon
 def test_evaluation_changes_nothing(classifier):
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     classifier.train()
-    evaluate(classifier, StarLoader(random_stars(2), np.arange(10), torch.device("cpu")), batch_size=4)
+    evaluate(classifier, StarLoader(random_stars(2), np.arange(10), torch.device("cpu")))
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())

@@ -87,19 +87,6 @@ def test_the_transformer_is_pre_norm_with_gelu_and_layers_that_begin_apart():
     assert isinstance(model.transformer.norm, torch.nn.LayerNorm)
 
 
-def test_queries_keys_and_positions_may_begin_wider():
-    model = small_model(modality="spectrum", attention_std=0.05, position_std=0.1)
-    parts = model.transformer.layers[0].self_attn.in_proj_weight.chunk(3)
-    assert [part.std().item() for part in parts] == pytest.approx([0.05, 0.05, 0.02], rel=0.02)
-    assert model.position_embedding.std().item() == pytest.approx(0.1, rel=0.05)
-
-
-def test_residual_blocks_may_begin_as_identities():
-    for zero in (False, True):
-        encoder = ImageEncoder(backbone="resnet18", zero_init_residual=zero)
-        assert encoder.model[4][0].bn2.weight.any() != zero
-
-
 def test_the_classes_come_from_the_cls_output_of_both_inputs():
     model, (specs, imgs) = small_model(), inputs(2)
     spectrum_type, image_type = model.token_type_embedding.weight

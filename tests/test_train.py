@@ -357,8 +357,9 @@ def stopped(stars_dir, tmp_path_factory) -> Path:
     ],
 )
 def test_a_run_goes_on_with_its_own_options_alone(stopped, options, message):
+    (state,) = (stopped / "checkpoints").glob("last_state_*")
     with pytest.raises(DataError, match=message):
-        train_here("--resume", "auto", "--output-dir", stopped, *options)
+        train_here("--resume", state, *options)
 
 
 def test_a_run_goes_on_with_its_own_stars_alone(stopped, own_stars_dir, tmp_path):
@@ -375,7 +376,17 @@ def test_resume_auto_begins_a_run_where_there_is_none(stars_dir, tmp_path, monke
     begun = []
     monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.recipe.num_epochs, rest[-1])))
     train_here("--resume", "auto", "--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 7)
-    assert begun == [(7, None)] and "no unfinished run; a new one begins" in capsys.readouterr().out
+    assert begun == [(7, None)] and "no unfinished run of these options; a new one begins" in capsys.readouterr().out
+
+
+def test_resume_auto_takes_the_newest_run_of_its_options(stopped, stars_dir, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.random_seed, rest[-1] is None)))
+    for seed in (7, 42):
+        options = ("--data-dir", stars_dir, "--output-dir", stopped, *SPECTRUM, "--seed", seed)
+        train_here("--resume", "auto", *options)
+    assert begun == [(7, True), (42, False)]
+    assert "not resumed, its run had another --seed\n" in capsys.readouterr().out
 
 
 def test_another_file_is_not_resumed(finished):
