@@ -2,8 +2,9 @@
 
     name, subclass, plate, mjd, fiberID [, ra, dec, simulated, ...]
 
-Columns stand in any order, in upper or lower case, under SDSS's own names; nan, null, -- and the like
-are empty cells. `name` is any other label that can name a file; without that column, specObjID is the name, and gives plate, mjd and fiberID too.
+Columns stand in any order, in upper or lower case, under SDSS's own names; nan, null, -- and the
+like are empty cells. `name` is any other label that can name a file; without that column, specObjID
+is the name, and gives plate, mjd and fiberID too.
 
 Source: specObjID, https://www.sdss.org/dr16/help/glossary/#specobj
 """

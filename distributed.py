@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cli import DataError
+
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
@@ -27,7 +29,10 @@ def process_group() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group()
+    try:
+        dist.init_process_group()
+    except ValueError as error:  # a variable of torchrun's is missing
+        raise DataError(f"the processes cannot find each other ({error}); start them by torchrun") from None
     try:
         yield
     finally:
