@@ -24,9 +24,7 @@ from PIL import Image
 import train
 import trainer
 from catalog import read_catalog
-from classifier import Classifier
 from cli import DataError
-from dataset import StarLoader
 from evaluation import Evaluation
 from preparation import Standardisation
 from recipe import PAPER
@@ -157,15 +155,6 @@ def test_spectra_are_standardised_by_the_training_stars_alone():
     expected = Standardisation(recipe)
     expected.fit(prepared.spectra[rows])
     assert torch.equal(train.make_classifier(recipe, "fp32", prepared, rows).standardise.mean, expected.mean)
-
-
-def test_averaged_weights_get_batch_norms_of_the_training_stars():
-    recipe = replace(PAPER, image_backbone="resnet18", num_layers=1, batch_size=10)
-    prepared, classifier = random_stars(4), Classifier(recipe)
-    train.measure_batch_norms(classifier, StarLoader(prepared, np.arange(20), torch.device("cpu")), seed=0)
-    convolution, norm = classifier.network.image_encoder.model[:2]
-    expected = convolution(classifier.standardise(None, prepared.images)[1]).mean(dim=(0, 2, 3))
-    assert torch.allclose(norm.running_mean, expected, atol=1e-4)
 
 
 def test_improved_runs_too(stars_dir, tmp_path):
