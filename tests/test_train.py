@@ -454,5 +454,5 @@ def test_a_long_run_keeps_memory_and_open_files_flat(stars_dir, tmp_path, monkey
     monkeypatch.setattr(train, "STATE_INTERVAL", 0)
     train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 25)
     memory, files = zip(*held[5:25], strict=True)
-    assert max(memory[10:]) - max(memory[:10]) < 10, f"MB: {memory}"
+    assert np.median(memory[10:]) - np.median(memory[:10]) < 10, f"MB: {memory}"
     assert files[-1] <= files[0], files
