@@ -50,8 +50,8 @@ _EMPTY = re.compile(r"nan|null|none|#?n/?a|<na>|-+|masked|-9999(\.0*)?", re.IGNO
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 # Spreadsheets keep 15 digits: 3.07417E+17, or 307416612011534000.
 _ROUNDED = re.compile(r"\d([.,]\d+)?[eE]\+?1[789]|\d{15}0{3,5}(\.0*)?", re.ASCII)
-# A name becomes part of a file's name on any system: no separators, no leading dot, none of : * ? " < > |
-_SAFE_NAME = re.compile(r"[\w(\[][\w .,+\-()\[\]'=@#&~]*")
+# A name becomes part of a file's name: no separators, no leading dot, none of ? " < > | $. SIMBAD has "V* Prox".
+_SAFE_NAME = re.compile(r"[\w(\[][\w .,+\-()\[\]'=@#&~*:]*")
 _MAX_NAME_BYTES = 100  # of the 255 that file systems allow
 _BOSS_SUBCLASS = re.compile(r"^(M\d) \(\d+\)$")  # "M1 (204445)": the class, and the star of the template
 
@@ -165,7 +165,7 @@ def _parse_row(where: str, cells: dict[str, str], subclass: str) -> Star:
     if not _SAFE_NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
         raise DataError(
             f"{where}, column name: {name[:_MAX_NAME_BYTES]!r} cannot name a file (letters, digits, spaces and "
-            f"_.,+-()[]'=@#&~; at most {_MAX_NAME_BYTES} bytes)"
+            f"_.,+-()[]'=@#&~*:; at most {_MAX_NAME_BYTES} bytes)"
         )
     known = dict(zip(_IDENTITY, decode_spec_obj_id(_exact_name(spec_obj_id or name)) or (), strict=False))
     numbers = [_parse_number(where, column, cells.get(column) or str(known.get(column, ""))) for column in _LIMITS]
