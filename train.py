@@ -49,7 +49,7 @@ from simulate_sdss_data import simulate
 from star_files import catalog_path
 from trainer import Trainer
 
-STATISTICS_STARS = 4096  # enough for the mean spectrum, and for the batch norms of averaged weights
+STATISTICS_STARS = 4096  # enough for the mean spectrum and its scale
 STATE_INTERVAL = 60.0  # seconds of training, at least, from one state on the disk to the next
 PARTS = {"validation": "used for checkpoint selection: optimistic", "test": "held out"}
 
@@ -333,7 +333,8 @@ def differing_options(args: argparse.Namespace, unfinished: Training) -> list[st
         options | options["recipe"] | {"recipe": options["recipe_name"]}
         for options in (history.plain_options(args), unfinished.options)
     )
-    compared = args.given.keys() & now.keys() - {"output_dir"}  # the directory may have moved
+    free = {"output_dir", "device", "num_workers"}  # the run may have moved
+    compared = args.given.keys() & now.keys() - free
     return sorted(args.given[name] for name in compared if now[name] != then[name])
 
 
