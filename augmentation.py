@@ -18,7 +18,7 @@ def augment(batch: Batch, recipe: Recipe) -> Batch:
         batch = mix(batch, recipe.mixup)
     if batch.images is not None and recipe.rotate_and_flip:
         batch = batch._replace(images=rotate_and_flip(batch.images))
-    if batch.images is not None and recipe.image_dropout:
+    if recipe.modality == "fusion" and recipe.image_dropout:
         seen = torch.rand(len(batch.images), device=batch.images.device) >= recipe.image_dropout
         batch = batch._replace(image_mask=seen)
     return batch

@@ -54,7 +54,7 @@ class Recipe:
     # Augmentation: none.
     mixup: float = _option(0.0, _fraction, "largest weight of another star of the same or an adjacent class")
     rotate_and_flip: int = _option(0, (0, 1), "images are rotated by quarter turns and mirrored")
-    image_dropout: float = _option(0.0, _fraction, "fraction of the stars whose image is hidden in a step")
+    image_dropout: float = _option(0.0, _fraction, "fraction of the stars whose image is hidden, of both inputs")
 
 
 PAPER = Recipe()

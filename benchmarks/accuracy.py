@@ -66,8 +66,8 @@ NETWORKS = {
 # Fields that a network of one input does not use: rows that differ in these alone are one row.
 UNUSED = {
     "fusion": (),
-    "spectrum": ("sic_weight", "image_backbone", "image_weights", "rotate_and_flip"),
-    "image": ("sic_weight",),
+    "spectrum": ("sic_weight", "image_backbone", "image_weights", "rotate_and_flip", "image_dropout"),
+    "image": ("sic_weight", "image_dropout", "smoothing", "continuum_degree"),
 }
 VALIDATION_SPLIT = 0.2
 

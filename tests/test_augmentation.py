@@ -26,8 +26,9 @@ def test_the_papers_recipe_changes_nothing():
 @pytest.mark.parametrize("modality", ["spectrum", "image"])
 def test_one_input_is_changed_without_the_other(modality):
     batch = batch_of(8)._replace(**({"images": None} if modality == "spectrum" else {"spectra": None}))
-    changed = augment(batch, dataclasses.replace(IMPROVED, image_dropout=0.5))
+    changed = augment(batch, dataclasses.replace(IMPROVED, modality=modality))
     assert (changed.spectra is None, changed.images is None) == (batch.spectra is None, batch.images is None)
+    assert changed.image_mask is None  # the only input is never hidden
 
 
 # Mixup
