@@ -113,8 +113,8 @@ class StarLoader:
         if self.resident is None:
             yield from prefetch(self._read, batches)
             return
-        for rows in batches:
-            rows = rows.to(self.device, non_blocking=True)
+        # The indices are copied before the first step, so that none waits for a copy.
+        for rows in [rows.to(self.device) for rows in batches]:
             yield Batch(*(None if part is None else part[rows] for part in self.resident))
 
     def _load(self) -> Batch:

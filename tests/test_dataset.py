@@ -134,3 +134,12 @@ def test_random_streams_have_nothing_in_common():
     assert len(set(streams.values())) == 75 and streams[42, 2] == random_stream(42, 2)
     draws = {key: torch.rand(1000, generator=torch.Generator().manual_seed(s)) for key, s in streams.items()}
     assert not torch.isin(draws[42, 2], draws[43, 1]).any()
+
+
+def test_stars_held_on_the_device_come_in_the_same_batches():
+    loader, batches = StarLoader(random_stars(4), np.arange(3, 17), torch.device("cpu")), []
+    for loader.resident in (None, loader._load()):  # a GPU with room for them holds them
+        order = torch.Generator().manual_seed(1)
+        batches.append([*loader.in_order(5), *loader.epoch(5, order)])
+    for read, held in zip(*batches, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(read[:3], held[:3], strict=True))
