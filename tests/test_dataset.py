@@ -138,7 +138,8 @@ def test_random_streams_have_nothing_in_common():
 
 def test_stars_held_on_the_device_come_in_the_same_batches():
     loader, batches = StarLoader(random_stars(4), np.arange(3, 17), torch.device("cpu")), []
-    for loader.resident in (None, loader._load()):  # a GPU with room for them holds them
+    for stars in (None, loader._load()):
+        loader.resident = stars  # as on a GPU with room for them
         order = torch.Generator().manual_seed(1)
         batches.append([*loader.in_order(5), *loader.epoch(5, order)])
     for read, held in zip(*batches, strict=True):
