@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from catalog import CLASS_NAMES
-from model import FusionModel
+from loss_sic import loss_sic
+from model import FusionModel, contrastive_logits
 from preparation import Batch, Standardisation
 from recipe import Recipe
 
@@ -33,13 +34,17 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor]:
         specs, imgs = self.standardise(batch.spectra, batch.images)
-        with self.autocast(), attention_kernels(batch.targets.device):
+        device, in_bf16 = batch.targets.device, self.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16), attention_kernels(device):
             *features, fuse_logits = self.network.forward_features(specs, imgs, batch.image_mask)
         return *features, fuse_logits.float()
 
-    def autocast(self) -> torch.autocast:
-        device = next(self.parameters()).device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    def loss(
+        self, image_features: Tensor | None, spectrum_features: Tensor | None, fuse_logits: Tensor, targets: Tensor
+    ) -> Tensor:
+        """The loss of a batch, from the outputs of `forward` and the targets (B,) or (B, 5)."""
+        align_logits = contrastive_logits(image_features, spectrum_features)
+        return loss_sic(align_logits, fuse_logits, targets, sic_weight=self.recipe.sic_weight)
 
 
 def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:

@@ -5,15 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import distributed
 from catalog import CLASS_NAMES
 from classifier import Classifier
 from cli import progress
 from dataset import StarLoader
-from loss_sic import loss_sic
-from model import contrastive_logits
 
 BOOTSTRAP_DRAWS = 1000
 STARS_AT_ONCE = {"cuda": 512, "cpu": 64}  # classified together, about; more are no quicker on an H200
@@ -83,14 +80,13 @@ def evaluate(classifier: Classifier, loader: StarLoader, description: str = "eva
     batch_size = classifier.recipe.batch_size
     classifier.eval()
     at_once = batch_size * max(1, STARS_AT_ONCE[loader.device.type] // batch_size)
-    sic_weight = classifier.recipe.sic_weight
     losses, targets, predictions = [], [], []
     batches = math.ceil(len(loader) / at_once / distributed.world_size())
     for batch in progress(loader.in_order(at_once), desc=description, unit="batch", total=batches):
         outputs = (*classifier(batch), batch.targets)
         for start in range(0, len(batch.targets), batch_size):
-            part = (None if output is None else output[start : start + batch_size] for output in outputs)
-            losses.append(summed_loss(*part, sic_weight))
+            part = [None if output is None else output[start : start + batch_size] for output in outputs]
+            losses.append(classifier.loss(*part) * len(part[-1]))  # summed over its stars
         targets.append(batch.targets)
         predictions.append(outputs[2].argmax(dim=1))
     # Read once, at the end: the pass never waits for the device.
@@ -98,14 +94,6 @@ def evaluate(classifier: Classifier, loader: StarLoader, description: str = "eva
     parts = [part for part in distributed.gather_objects([value.cpu().numpy() for value in own]) if part]
     totals, *both = zip(*parts, strict=True)
     return Evaluation(float(np.sum(totals)) / len(loader), *map(np.concatenate, both))
-
-
-def summed_loss(
-    image_features: Tensor | None, spectrum_features: Tensor | None, fuse_logits: Tensor, targets: Tensor, weight: float
-) -> Tensor:
-    """The loss of a batch, summed over its stars."""
-    align_logits = contrastive_logits(image_features, spectrum_features)
-    return loss_sic(align_logits, fuse_logits, targets, sic_weight=weight) * len(targets)
 
 
 def print_scores(scores: dict[str, float], intervals: dict[str, list[float]]) -> None:

@@ -211,13 +211,8 @@ def train(
 ) -> dict:
     """A whole run on those stars, or the rest of an unfinished one: split, train; then evaluate the best checkpoint,
     record, plot. Returns the record."""
-    device, recipe = choose_device(args.device), args.recipe
-    torch.manual_seed(args.random_seed)
-    splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
-    classifier = make_classifier(recipe, choose_precision(args.precision, device), prepared, splits["train"])
-    classifier.to(device)
-    loaders = {part: StarLoader(prepared, indices, device) for part, indices in splits.items()}
-    trainer = Trainer(classifier, recipe.num_epochs, loaders["train"].num_batches(recipe.batch_size))
+    trainer, loaders, splits = set_up(args, prepared)
+    classifier = trainer.classifier
     contents = {
         # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
         "splits": {part: [list(prepared.stars[i]) for i in indices] for part, indices in splits.items()},
@@ -249,13 +244,26 @@ def train(
         record["stopped"] = None if stopped is None else str(stopped) or "interrupted"
         # A run that was stopped is recorded with the epochs that it has done, if it has.
         if record["epoch_metrics"]["train_loss"]:
-            finish(record, loaders, paths, device)
+            finish(record, loaders, paths)
         if stopped is None:
             paths.state.unlink(missing_ok=True)
             return record
         if paths.state.exists():
             print(f"Resume after the last whole epoch with: python train.py --resume {paths.state}")
         raise stopped
+
+
+def set_up(
+    args: argparse.Namespace, prepared: PreparedStars
+) -> tuple[Trainer, dict[str, StarLoader], dict[str, np.ndarray]]:
+    """A run's trainer; its loaders and the indices of its stars, by part of the split."""
+    device, recipe = choose_device(args.device), args.recipe
+    torch.manual_seed(args.random_seed)
+    splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
+    classifier = make_classifier(recipe, choose_precision(args.precision, device), prepared, splits["train"])
+    loaders = {part: StarLoader(prepared, indices, device) for part, indices in splits.items()}
+    steps_per_epoch = loaders["train"].num_batches(recipe.batch_size)
+    return Trainer(classifier.to(device), recipe.num_epochs, steps_per_epoch), loaders, splits
 
 
 def make_classifier(recipe: Recipe, precision: str, prepared: PreparedStars, training_rows: np.ndarray) -> Classifier:
@@ -269,9 +277,9 @@ def make_classifier(recipe: Recipe, precision: str, prepared: PreparedStars, tra
     return classifier
 
 
-def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths, device: torch.device) -> None:
+def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths) -> None:
     """Evaluate the best checkpoint, put the run into the history, draw its plots."""
-    best, checkpoint = load_checkpoint(paths.checkpoint, device)
+    best, checkpoint = load_checkpoint(paths.checkpoint, loaders["validation"].device)
     final, config = record["final_metrics"], record["config"]
     final["best_epoch"] = checkpoint["epoch"]
     if checkpoint["epoch"] > len(record["epoch_metrics"]["train_loss"]):

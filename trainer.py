@@ -16,8 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 import distributed
 from augmentation import augment
 from classifier import Classifier
-from loss_sic import loss_sic
-from model import contrastive_logits
 from preparation import Batch
 
 PLAIN_STEPS = 3  # before the capture: libraries initialise, AdamW allocates its state
@@ -63,11 +61,8 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> Tensor:
         """The loss of the batch of all processes."""
-        gathered = (None if part is None else distributed.gather_stars(part) for part in self.ddp_model(batch))
-        image_features, spectrum_features, fuse_logits = gathered
-        align_logits = contrastive_logits(image_features, spectrum_features)
-        targets = distributed.gather_stars(batch.targets)
-        return loss_sic(align_logits, fuse_logits, targets, sic_weight=self.recipe.sic_weight)
+        outputs = (*self.ddp_model(batch), batch.targets)
+        return self.classifier.loss(*(None if part is None else distributed.gather_stars(part) for part in outputs))
 
     def _update(self) -> None:
         nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.max_gradient_norm)

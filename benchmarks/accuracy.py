@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
@@ -46,13 +45,12 @@ from cache import INPUTS, PreparedStars, read_stars
 from checkpoint import load_checkpoint
 from cli import DataError, ScriptParser, number_between, quietly, run_as_script
 from dataset import StarLoader, random_stream, split_stars
-from device import choose_device, choose_precision, describe_device
+from device import describe_device
 from evaluation import Evaluation, evaluate
 from history import run_paths
 from recipe import IMPROVED, PAPER, RECIPES, Recipe, add_recipe_options, option_name
 from simulate_sdss_data import simulate
 from train_options import parse_arguments as parse_training_options
-from trainer import Trainer
 
 # Sets by name: the median S/N a pixel, log-uniform between two values; None: as bright as the catalogue's stars.
 SETS = {"simulated": (5, 60), "catalogue": None, "kesseli": (5, 60), "bochanski": (5, 60)}
@@ -179,19 +177,15 @@ def train_network(
     """Train as train.py does. Returns how the best checkpoint does, and, beside others, how the last epoch does."""
     recipe, seed = Recipe(**run["recipe"]), run["seed"]
     options = parse_training_options(train.__doc__, ["--seed", str(seed)])
-    options.recipe, device = recipe, choose_device(options.device)
-    torch.manual_seed(seed)
+    options.recipe, options.validation_split = recipe, VALIDATION_SPLIT
     unread = dict.fromkeys({"spectra", "images"} - set(INPUTS[recipe.modality]))
     training, test = training._replace(**unread), test._replace(**unread)
-    splits = split_stars(training, VALIDATION_SPLIT, 0.0, seed)
-    precision = choose_precision(options.precision, device)
-    classifier = train.make_classifier(recipe, precision, training, splits["train"]).to(device)
-    loaders = {part: StarLoader(training, indices, device) for part, indices in splits.items()}
-    trainer = Trainer(classifier, recipe.num_epochs, loaders["train"].num_batches(recipe.batch_size))
+    trainer, loaders, splits = train.set_up(options, training)
+    device = trainer.device
     test_loader = StarLoader(test, np.arange(len(test.stars)), device)
     with tempfile.TemporaryDirectory(dir=directory) as output_dir:
         paths = run_paths(Path(output_dir), "run")
-        unfinished = train.begin(options, "run", classifier, training, splits, {})
+        unfinished = train.begin(options, "run", trainer.classifier, training, splits, {})
         record = unfinished.record
         train.fit(trainer, loaders, unfinished, paths, {"config": record["config"], "splits": {}, "references": {}})
         best = evaluate(load_checkpoint(paths.checkpoint, device)[0], test_loader)

@@ -180,8 +180,12 @@ SPECTRA: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
-def assert_refused(error: DataError, path: Path, message: str) -> None:
-    line = str(error)
+def assert_refused(read: Callable[[Path], object], path: Path, content: bytes, message: str) -> None:
+    """The file with this content is refused in one line that names it and says why."""
+    path.write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        read(path)
+    error, line = raised.value, str(raised.value)
     assert line.startswith(f"{path}: ") and message in line
     assert len(line.splitlines()) == 1 and len(line) < 1000
     wrong_file = any(part in line for part in (OTHER_STAR, NO_STAR, "a colour cutout", "tile"))
@@ -191,12 +195,7 @@ def assert_refused(error: DataError, path: Path, message: str) -> None:
 @pytest.mark.parametrize("case", SPECTRA)
 @pytest.mark.filterwarnings("error")
 def test_a_wrong_spectrum_is_refused(tmp_path, case):
-    content, message = SPECTRA[case]
-    path = tmp_path / "a.fits"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as error:
-        read_spectrum(path, STAR)
-    assert_refused(error.value, path, message)
+    assert_refused(lambda path: read_spectrum(path, STAR), tmp_path / "a.fits", *SPECTRA[case])
 
 
 @pytest.mark.parametrize("read", [lambda path: read_spectrum(path, STAR), read_cutout])
@@ -312,12 +311,7 @@ CUTOUTS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("case", CUTOUTS)
 @pytest.mark.filterwarnings("error")
 def test_a_wrong_cutout_is_refused(tmp_path, case):
-    content, message = CUTOUTS[case]
-    path = tmp_path / "a.jpg"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as error:
-        read_cutout(path)
-    assert_refused(error.value, path, message)
+    assert_refused(read_cutout, tmp_path / "a.jpg", *CUTOUTS[case])
 
 
 # Files cut anywhere, and with flipped bits

@@ -21,8 +21,8 @@ import torch
 from common import ROOT, SMALL, command, heed_ctrl_c, random_stars, run_script
 from PIL import Image
 
+import classifier
 import train
-import trainer
 from catalog import read_catalog
 from cli import DataError
 from evaluation import Evaluation
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_within_its_epoch(stars_dir, tmp
         steps.append(len(fuse_logits))
         return fuse_logits.sum() * (torch.nan if len(steps) == 2 else 1)
 
-    monkeypatch.setattr(trainer, "loss_sic", loss_sic)
+    monkeypatch.setattr(classifier, "loss_sic", loss_sic)
     with pytest.raises(DataError, match="^the loss is not finite; try a smaller --learning-rate"):
         train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--batch-size", 4)
     assert 2 <= len(steps) <= 4 and not files_in(tmp_path)
