@@ -33,7 +33,7 @@ from torch import Tensor
 
 import cli
 import preparation
-import sdss_files
+import survey_files
 from catalog import CLASS_NAMES, Star, check_places, position_conflict, read_catalog
 from cli import DataError
 from star_files import FileIndex, catalog_path
@@ -43,7 +43,7 @@ CACHE_DIR = ".cache"
 INDEX_FILE = "index.json"
 ROWS = {
     "spectra": np.dtype((np.float32, (2, preparation.SPECTRUM_LENGTH))),
-    "images": np.dtype((np.uint8, (3, sdss_files.IMAGE_SIZE, sdss_files.IMAGE_SIZE))),
+    "images": np.dtype((np.uint8, (3, survey_files.IMAGE_SIZE, survey_files.IMAGE_SIZE))),
 }
 INPUTS = {"fusion": ("spectra", "images"), "spectrum": ("spectra",), "image": ("images",)}  # by modality
 MISSING = {"spectra": "no spectrum", "images": "no image"}
@@ -203,7 +203,7 @@ def up_to_date_cache(data_dir: Path, files: dict[Star, Paths], num_workers: int)
 
 def fingerprint(files: dict[Star, Paths]) -> str:
     """A digest of the stars, their files' names and stamps, and the code and libraries that prepare them."""
-    code = [Path(name).read_text(encoding="utf-8") for name in (sdss_files.__file__, preparation.__file__, __file__)]
+    code = [Path(name).read_text(encoding="utf-8") for name in (survey_files.__file__, preparation.__file__, __file__)]
     versions = [library.__version__ for library in (astropy, np, PIL, scipy)]
     stars = [
         (star.spectrum_id, [path and (path.name, file_stamp(path)) for path in paths.values()])
@@ -275,11 +275,11 @@ def decode_file(kind: str, path: Path, star: Star) -> tuple[Finding, np.ndarray 
     finding = Finding()
     try:
         if kind == "images":
-            cutout = sdss_files.read_cutout(path)
+            cutout = survey_files.read_cutout(path)
             return Finding(simulated=cutout.simulated), preparation.prepare_cutout(cutout.pixels)
-        spectrum = sdss_files.read_spectrum(path, star)
+        spectrum = survey_files.read_spectrum(path, star)
         finding = Finding(ra=spectrum.ra, dec=spectrum.dec, simulated=spectrum.simulated)
         return finding, preparation.prepare_spectrum(spectrum)
     except DataError as error:
-        damage, unreadable = str(error).removeprefix(f"{path}: "), isinstance(error, sdss_files.UnreadableError)
+        damage, unreadable = str(error).removeprefix(f"{path}: "), isinstance(error, survey_files.UnreadableError)
         return finding._replace(damage=damage, unreadable=unreadable), None

@@ -45,8 +45,8 @@ import sdss_archive
 from catalog import CLASS_NAMES, Star, check_places, decode_spec_obj_id, position_conflict, read_catalog
 from cli import DataError, number_between
 from sdss_archive import BadBodyError, FetchError
-from sdss_files import Cutout, Spectrum, WrongFileError, read_cutout, read_spectrum
 from star_files import FileIndex, catalog_path, cutout_path, spectrum_path
+from survey_files import Cutout, Spectrum, WrongFileError, read_cutout, read_spectrum
 
 # A server is given up for this run after so many files in a row, each lost to a transient fault.
 MAX_CONSECUTIVE_FAILURES = 8

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.optimize import brentq
 
 from mdwarf import LINE_SPREAD, air_to_vacuum
-from sdss_files import CUTOUT_SCALE, IMAGE_SIZE, PIXELS_PER_DEX
+from survey_files import CUTOUT_SCALE, IMAGE_SIZE, PIXELS_PER_DEX
 
 # The spectrograph
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cache import PreparedStars
-from sdss_files import CUTOUT_SCALE, IMAGE_SIZE
+from survey_files import CUTOUT_SCALE, IMAGE_SIZE
 
 BANDS = 32
 RING_EDGES = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 12.0)  # arcsec from the star

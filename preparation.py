@@ -21,7 +21,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from cli import DataError
 from recipe import Recipe
-from sdss_files import PIXELS_PER_DEX, Spectrum
+from survey_files import PIXELS_PER_DEX, Spectrum
 
 # Pixels 36021…39542 of SDSS's grid, loglam = pixel · 1e-4, are all those between 4000 and 9000 Å: the paper's 3522.
 FIRST_PIXEL = 36021

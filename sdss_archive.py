@@ -20,7 +20,7 @@ import urllib3
 
 from catalog import FIRST_BOSS_PLATE, FIRST_PLATE_BEYOND_26, Star, decode_spec_obj_id
 from cli import DataError, printable
-from sdss_files import CUTOUT_SCALE, IMAGE_SIZE, MAX_FILE_BYTES
+from survey_files import CUTOUT_SCALE, IMAGE_SIZE, MAX_FILE_BYTES
 
 SAS_URL = "https://data.sdss.org/sas/dr16"
 SKYSERVER_URL = "https://skyserver.sdss.org/dr16/SkyServerWS"

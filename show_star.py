@@ -54,8 +54,8 @@ from outliers import References
 from plots import Axes, new_figure
 from prediction import StarInputs, classify, make_batch, read_star
 from preparation import SPECTRUM_LENGTH, WAVELENGTH
-from sdss_files import CUTOUT_SCALE, IMAGE_SIZE, Cutout, Spectrum, read_cutout, read_spectrum
 from star_files import FileIndex, catalog_path
+from survey_files import CUTOUT_SCALE, IMAGE_SIZE, Cutout, Spectrum, read_cutout, read_spectrum
 
 # Band heads of TiO: Kirkpatrick et al. 1991 (ApJS 77, 417), Valenti et al. 1998 (ApJ 498, 851). CaH: the indices CaH1
 # to CaH3 of Reid, Hawley & Gizis 1995 (AJ 110, 1838). Lines: NIST Atomic Spectra Database.

@@ -31,8 +31,8 @@ import cli
 import mdwarf
 from catalog import CLASS_NAMES, FIRST_BOSS_PLATE, FIRST_PLATE_BEYOND_26, Star, decode_spec_obj_id, encode_spec_obj_id
 from instrument import Spectrograph, draw_cutout, draw_loglam, observe_magnitudes
-from sdss_files import PIXELS_PER_DEX, SIMULATED_MARK
 from star_files import catalog_path, cutout_path, spectrum_path
+from survey_files import PIXELS_PER_DEX, SIMULATED_MARK
 from workers import parallel_map
 
 NOTICE = f"{SIMULATED_MARK.decode()} by simulate_sdss_data.py: not an observation, this star does not exist"

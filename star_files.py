@@ -19,7 +19,7 @@ from pathlib import Path
 
 from catalog import Star
 from cli import DataError
-from sdss_files import UnreadableError, read_bytes
+from survey_files import UnreadableError, read_bytes
 
 # SDSS's names of spectra: spec-PLATE-MJD-FIBER.fits; until DR7 spSpec-MJD-PLATE-FIBER.fit
 _SPECTRUM_NAME = re.compile(r"sp(ec|spec)-(\d+)-(\d+)-(\d+)\.fits?(\.gz)?", re.IGNORECASE | re.ASCII)

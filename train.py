@@ -44,9 +44,9 @@ from evaluation import evaluate, print_scores
 from history import Paths, Training
 from preparation import SPECTRUM_LENGTH
 from recipe import Recipe
-from sdss_files import IMAGE_SIZE
 from simulate_sdss_data import simulate
 from star_files import catalog_path
+from survey_files import IMAGE_SIZE
 from trainer import Trainer
 
 STATISTICS_STARS = 4096  # enough for the mean spectrum and its scale

@@ -36,7 +36,7 @@ from device import choose_device, choose_precision, describe_device
 from loss_sic import loss_sic
 from preparation import SPECTRUM_LENGTH, Batch
 from recipe import IMAGE_BACKBONES, IMPROVED, PAPER, Recipe
-from sdss_files import IMAGE_SIZE
+from survey_files import IMAGE_SIZE
 from trainer import Trainer
 
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}

@@ -16,8 +16,8 @@ from cli import DataError
 from evaluation import Evaluation
 from preparation import prepare_spectrum
 from recipe import IMPROVED, PAPER
-from sdss_files import read_spectrum
 from simulate_sdss_data import simulate
+from survey_files import read_spectrum
 
 
 def spectra_alone(flux: np.ndarray, ivar: np.ndarray) -> classical.ObservedStars:

@@ -19,9 +19,9 @@ import cache
 from catalog import Star, read_catalog
 from cli import DataError
 from preparation import prepare_cutout, prepare_spectrum
-from sdss_files import UnreadableError, read_cutout, read_spectrum
 from simulate_sdss_data import simulate
 from star_files import cutout_path, spectrum_path
+from survey_files import UnreadableError, read_cutout, read_spectrum
 
 STARS = 10
 
@@ -169,7 +169,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(stars_dir, monkeypatch):
         return read_spectrum(path, star)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.sdss_files, "read_spectrum", refuse)
+        patch.setattr(cache.survey_files, "read_spectrum", refuse)
         assert len(read(stars_dir).stars) == STARS - 1
     assert len(read(stars_dir).stars) == STARS
 
@@ -212,8 +212,8 @@ import multiprocessing, sys, time
 from pathlib import Path
 import cache
 multiprocessing.set_start_method("fork")  # workers, too, are slow
-read_cutout, cache.FEW_STARS = cache.sdss_files.read_cutout, 0
-cache.sdss_files.read_cutout = lambda path: (time.sleep(float(sys.argv[2])), read_cutout(path))[1]
+read_cutout, cache.FEW_STARS = cache.survey_files.read_cutout, 0
+cache.survey_files.read_cutout = lambda path: (time.sleep(float(sys.argv[2])), read_cutout(path))[1]
 print(len(cache.read_stars(Path(sys.argv[1]), "fusion", 2)[0].stars), "stars read")
 """
 

@@ -24,8 +24,8 @@ import train
 from cache import read_stars
 from catalog import Star, read_catalog
 from cli import DataError
-from sdss_files import read_spectrum
 from star_files import catalog_path
+from survey_files import read_spectrum
 from train_options import parse_arguments as parse_training_options
 
 FIELD = SHARED_DATA / "field"

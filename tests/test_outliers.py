@@ -9,8 +9,8 @@ import torch
 from cache import PreparedStars, read_stars
 from outliers import ORDINARY, fit_references, is_outlier, outlier_score, summarise_images
 from preparation import SPECTRUM_LENGTH, WAVELENGTH, prepare_spectrum
-from sdss_files import CUTOUT_SCALE, Spectrum
 from simulate_sdss_data import simulate
+from survey_files import CUTOUT_SCALE, Spectrum
 
 
 def references_of(prepared: PreparedStars) -> dict:

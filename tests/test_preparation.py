@@ -21,7 +21,7 @@ from preparation import (
     smooth,
 )
 from recipe import PAPER
-from sdss_files import Spectrum, read_spectrum
+from survey_files import Spectrum, read_spectrum
 
 
 def observed(flux: np.ndarray, ivar: np.ndarray, first_pixel: int = FIRST_PIXEL) -> Spectrum:

@@ -19,9 +19,9 @@ from catalog import CLASS_NAMES, decode_spec_obj_id, read_catalog
 from cli import DataError
 from instrument import Spectrograph, draw_cutout, draw_loglam, observe_magnitudes
 from preparation import FIRST_PIXEL, SPECTRUM_LENGTH, prepare_spectrum
-from sdss_files import IMAGE_SIZE, PIXELS_PER_DEX, read_cutout, read_spectrum
 from simulate_sdss_data import R_MAGNITUDES, R_PERCENTILES, simulate
 from star_files import catalog_path, cutout_path, spectrum_path
+from survey_files import IMAGE_SIZE, PIXELS_PER_DEX, read_cutout, read_spectrum
 
 PER_CLASS = 36
 

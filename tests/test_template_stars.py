@@ -8,9 +8,9 @@ from common import SHARED_DATA, run_script
 
 from catalog import Star, read_catalog
 from cli import DataError
-from sdss_files import PIXELS_PER_DEX, read_spectrum
 from simulate_sdss_data import Target
 from star_files import catalog_path, spectrum_path
+from survey_files import PIXELS_PER_DEX, read_spectrum
 
 LOGLAM = np.arange(35_500, 39_701) / PIXELS_PER_DEX
 

@@ -1,6 +1,6 @@
 """Spectra and cutouts are read as SDSS, its users and their tools write them, or refused with a line that says why.
 
-    MUTANTS=10000 python -m pytest tests/test_sdss_files.py       as many spoilt copies of each file in place of 200
+    MUTANTS=10000 python -m pytest tests/test_survey_files.py       as many spoilt copies of each file in place of 200
 
 Neither SDSS's FITS files nor JPEG files carry a checksum: a flipped bit that leaves a possible flux or a possible
 picture cannot be seen. The tests ask that nothing else comes through.
@@ -21,10 +21,10 @@ from astropy.io import fits
 from common import SHARED_DATA
 from PIL import Image, ImageDraw
 
-import sdss_files
+import survey_files
 from catalog import Star
 from cli import DataError
-from sdss_files import UnreadableError, WrongFileError, read_cutout, read_spectrum
+from survey_files import UnreadableError, WrongFileError, read_cutout, read_spectrum
 
 MUTANTS = int(os.environ.get("MUTANTS", "200"))
 MOST_CHANGES = 20  # to a mutant
@@ -150,7 +150,7 @@ SPECTRA: dict[str, tuple[bytes, str]] = {
     "gzip, damaged": (gzip.compress(WHOLE)[:500] + bytes(500) + gzip.compress(WHOLE)[1000:], TRUNCATED),
     "gzip of nothing": (gzip.compress(b""), "the file is empty"),
     "gzip of a page": (gzip.compress(b"<html>"), "not a FITS file"),
-    "too large": (gzip.compress(bytes(sdss_files.MAX_FILE_BYTES + 1), 1), "no file of one star is larger than"),
+    "too large": (gzip.compress(bytes(survey_files.MAX_FILE_BYTES + 1), 1), "no file of one star is larger than"),
     "a header without end": (b"SIMPLE  = nonsense" * 160, TRUNCATED),
     "a header without words": (b"SIMPLE  =".ljust(80) + b"END".ljust(2800), TRUNCATED),
     "columns without end": (with_cards(TFIELDS="999999999"), TRUNCATED),
@@ -215,7 +215,7 @@ def test_real_sdss_spectra_are_read_as_astropy_reads_them(plate, mjd, fiberID):
         for name in ("loglam", "flux", "ivar"):
             assert np.array_equal(getattr(read, name), hdus[1].data[name])
         assert (read.ra, read.dec) == (hdus[0].header["PLUG_RA"], hdus[0].header["PLUG_DEC"])
-    pixel = read.loglam * sdss_files.PIXELS_PER_DEX
+    pixel = read.loglam * survey_files.PIXELS_PER_DEX
     assert np.abs(pixel - np.rint(pixel)).max() < 0.01 and not read.simulated
 
 
@@ -271,7 +271,7 @@ READ_CUTOUTS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("case", READ_CUTOUTS)
-@pytest.mark.parametrize("comment", [b"", sdss_files.SIMULATED_MARK])
+@pytest.mark.parametrize("comment", [b"", survey_files.SIMULATED_MARK])
 def test_a_cutout_is_read(tmp_path, case, comment):
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg(Image.open(io.BytesIO(READ_CUTOUTS[case])), quality="keep", comment=comment))
