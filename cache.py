@@ -60,6 +60,8 @@ class Finding(NamedTuple):
     ra: float = math.nan  # degrees, where the spectrum was taken
     dec: float = math.nan
     simulated: bool = False
+    redshift: float = 0.0  # of the spectrum
+    subclass: str = ""  # as the survey's pipeline wrote it
 
 
 class CheckedStar(NamedTuple):
@@ -278,7 +280,8 @@ def decode_file(kind: str, path: Path, star: Star) -> tuple[Finding, np.ndarray 
             cutout = survey_files.read_cutout(path)
             return Finding(simulated=cutout.simulated), preparation.prepare_cutout(cutout.pixels)
         spectrum = survey_files.read_spectrum(path, star)
-        finding = Finding(ra=spectrum.ra, dec=spectrum.dec, simulated=spectrum.simulated)
+        facts = ("ra", "dec", "simulated", "redshift", "subclass")
+        finding = Finding(**{fact: getattr(spectrum, fact) for fact in facts})
         return finding, preparation.prepare_spectrum(spectrum)
     except DataError as error:
         damage, unreadable = str(error).removeprefix(f"{path}: "), isinstance(error, survey_files.UnreadableError)

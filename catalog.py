@@ -1,10 +1,13 @@
 """The catalogue: its rows, read and checked; SDSS's identifiers; which rows are one star.
 
     name, subclass, plate, mjd, fiberID [, ra, dec, simulated, ...]
+    file, subclass [, name, ra, dec, ...]
 
 Columns stand in any order, in upper or lower case, under SDSS's own names; nan, null, -- and the
 like are empty cells. `name` is any other label that can name a file; without that column, specObjID
-is the name, and gives plate, mjd and fiberID too.
+is the name, and gives plate, mjd and fiberID too. `file` is the path of the star's spectrum below
+spectra/, for files that are not named as SDSS names them; without a name, that is the file's, less
+its ending.
 
 Source: specObjID, https://www.sdss.org/dr16/help/glossary/#specobj
 """
@@ -16,7 +19,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +48,8 @@ _SPEC_OBJ_ID_RANGES = (
 # What the cells of a row can be; of plate, mjd and fiberID what a specObjID can hold.
 _WHOLE, _ANGLE = "a whole number", "an angle in degrees"
 _IDENTITY = {"plate": (_WHOLE, 1, 2**14 - 1), "mjd": (_WHOLE, 50_000, 66_383), "fiberID": (_WHOLE, 1, 2**12 - 1)}
-_LIMITS = {**_IDENTITY, "ra": (_ANGLE, 0, 360), "dec": (_ANGLE, -90, 90)}
+_POSITION = {"ra": (_ANGLE, 0, 360), "dec": (_ANGLE, -90, 90)}
+_LIMITS = _IDENTITY | _POSITION
 _EMPTY = re.compile(r"nan|null|none|#?n/?a|<na>|-+|masked|-9999(\.0*)?", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 # Spreadsheets keep 15 digits: 3.07417E+17, or 307416612011534000.
@@ -53,7 +57,9 @@ _ROUNDED = re.compile(r"\d([.,]\d+)?[eE]\+?1[789]|\d{15}0{3,5}(\.0*)?", re.ASCII
 # A name becomes part of a file's name: no separators, no leading dot, none of ? " < > | $. SIMBAD has "V* Prox".
 _SAFE_NAME = re.compile(r"[\w(\[][\w .,+\-()\[\]'=@#&~*:]*")
 _MAX_NAME_BYTES = 100  # of the 255 that file systems allow
-_BOSS_SUBCLASS = re.compile(r"^(M\d) \(\d+\)$")  # "M1 (204445)": the class, and the star of the template
+# BOSS has "M1 (204445)", with the star of the template; LAMOST has "dM1" beside "M1", and "gM1" for giants.
+_DWARF_SUBCLASS = re.compile(r"^d?(M\d)( \(\d+\))?$")
+SPECTRUM_ENDING = re.compile(r"\.fits?(\.gz)?$", re.IGNORECASE)  # of a file's name
 
 
 class Star(NamedTuple):
@@ -67,11 +73,12 @@ class Star(NamedTuple):
     ra: float = float("nan")
     dec: float = float("nan")
     simulated: bool = False
+    file: str = ""  # of the spectrum, below spectra/; plate, mjd and fiberID are then 0
 
     @property
     def spectrum_id(self) -> str:
-        """SDSS's own label of a spectrum, unique in a catalogue: plate-mjd-fiberID."""
-        return f"{self.plate:04d}-{self.mjd:05d}-{self.fiberID:04d}"
+        """A label of the spectrum, unique in a catalogue: SDSS's plate-mjd-fiberID, or the file."""
+        return self.file or f"{self.plate:04d}-{self.mjd:05d}-{self.fiberID:04d}"
 
 
 # The columns that are read, by their names in lower case
@@ -99,7 +106,7 @@ def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Coun
     rows: list[tuple[int, Star]] = []  # with their line numbers
     left_out: Counter[str] = Counter()
     for line, cells in _read_rows(path, ["name", *["subclass"] * labelled, *_IDENTITY]):
-        subclass = _BOSS_SUBCLASS.sub(r"\1", cells.get("subclass", ""))
+        subclass = _DWARF_SUBCLASS.sub(r"\1", cells.get("subclass", ""))
         if subclass in CLASS_NAMES or not labelled:
             rows.append((line, _parse_row(f"{path}, line {line}", cells, subclass if subclass in CLASS_NAMES else "")))
         else:
@@ -151,7 +158,7 @@ def _check_header(path: Path, header: list[str], columns: list[str], needed: lis
         raise DataError(f"{path}: the file is empty")
     if twice := [column for column in _COLUMNS.values() if columns.count(column) > 1]:
         raise DataError(f"{path}: a column stands twice in the header line, {', '.join(twice)}")
-    given = {*columns, *(["name", *_IDENTITY] if "specObjID" in columns else [])}
+    given = {*columns, *(["name", *_IDENTITY] if {"specObjID", "file"} & {*columns} else [])}
     if missing := [column for column in needed if column not in given]:
         raise DataError(
             f"{path}: column {', '.join(missing)} is missing; the header line reads {' | '.join(header)} "
@@ -160,17 +167,28 @@ def _check_header(path: Path, header: list[str], columns: list[str], needed: lis
 
 
 def _parse_row(where: str, cells: dict[str, str], subclass: str) -> Star:
-    spec_obj_id = cells.get("specObjID", "")
-    name = _exact_name(cells.get("name") or spec_obj_id)
+    spec_obj_id, file = cells.get("specObjID", ""), _parse_file(where, cells.get("file", ""))
+    name = _exact_name(cells.get("name") or spec_obj_id or SPECTRUM_ENDING.sub("", PurePath(file).name))
     if not _SAFE_NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
         raise DataError(
             f"{where}, column name: {name[:_MAX_NAME_BYTES]!r} cannot name a file (letters, digits, spaces and "
             f"_.,+-()[]'=@#&~*:; at most {_MAX_NAME_BYTES} bytes)"
         )
     known = dict(zip(_IDENTITY, decode_spec_obj_id(_exact_name(spec_obj_id or name)) or (), strict=False))
-    numbers = [_parse_number(where, column, cells.get(column) or str(known.get(column, ""))) for column in _LIMITS]
+    numbers = {
+        column: _parse_number(where, column, cells.get(column) or str(known.get(column, "")))
+        for column in (_POSITION if file else _LIMITS)
+    }
+    identity = (int(numbers.get(column, 0)) for column in _IDENTITY)
     simulated = cells.get("simulated", "").lower() not in {"", "0", "0.0", "false", "no"}
-    return Star(name, subclass, *map(int, numbers[:3]), *numbers[3:], simulated)  # in the order of _LIMITS
+    return Star(name, subclass, *identity, numbers["ra"], numbers["dec"], simulated, file)
+
+
+def _parse_file(where: str, text: str) -> str:
+    path = PurePath(text)
+    if path.is_absolute() or ".." in path.parts or not text.isprintable():
+        raise DataError(f"{where}, column file: {text!r} is not the path of a file below spectra/")
+    return path.as_posix() if text else ""
 
 
 def _exact_name(text: str) -> str:

@@ -24,7 +24,7 @@ from recipe import Recipe
 
 # The mark of a checkpoint of train.py. The number changes with everything that the answer depends on and that is not in
 # the file, so that no weights are used on inputs that they were not trained on.
-CHECKPOINT_FORMAT = "m-star classifier 5"
+CHECKPOINT_FORMAT = "m-star classifier 6"
 CHECKPOINT_KEYS = {"recipe", "precision", "weights", "config", "splits", "references", "epoch"}
 # What torch.load raises on files that are damaged or something else.
 UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)

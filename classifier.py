@@ -1,4 +1,4 @@
-"""The network with all that its answer depends on: the recipe, the standardisation, the precision."""
+"""The network with all that its answer depends on: the recipe, the standardisation, the precision, the calibration."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from catalog import CLASS_NAMES
-from loss_sic import loss_sic
+from loss_sic import loss_terms
 from model import FusionModel, contrastive_logits
 from preparation import Batch, Standardisation
 from recipe import Recipe
@@ -30,6 +30,7 @@ class Classifier(nn.Module):
             modality=recipe.modality,
             image_backbone=recipe.image_backbone,
         )
+        self.register_buffer("calibration_temperature", torch.ones(()))  # fitted by train.py on validation stars
         self.to(memory_format=torch.channels_last)
 
     def forward(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -39,12 +40,21 @@ class Classifier(nn.Module):
             *features, fuse_logits = self.network.forward_features(specs, imgs, batch.image_mask)
         return *features, fuse_logits.float()
 
-    def loss(
+    def probabilities(self, fuse_logits: Tensor) -> Tensor:
+        """(B, 5) float64: the calibrated probabilities of the classes."""
+        return (fuse_logits.double() / self.calibration_temperature).softmax(dim=1)
+
+    @property
+    def is_contrastive(self) -> bool:
+        """Whether the loss has its contrastive term."""
+        return self.recipe.modality == "fusion" and self.recipe.sic_weight > 0
+
+    def losses(
         self, image_features: Tensor | None, spectrum_features: Tensor | None, fuse_logits: Tensor, targets: Tensor
     ) -> Tensor:
-        """The loss of a batch, from the outputs of `forward` and the targets (B,) or (B, 5)."""
+        """(2,): both terms of the loss of a batch, from the outputs of `forward` and the targets (B,) or (B, 5)."""
         align_logits = contrastive_logits(image_features, spectrum_features)
-        return loss_sic(align_logits, fuse_logits, targets, sic_weight=self.recipe.sic_weight)
+        return torch.stack(loss_terms(align_logits, fuse_logits, targets, sic_weight=self.recipe.sic_weight))
 
 
 def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:

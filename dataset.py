@@ -21,11 +21,12 @@ CHUNK = 1024  # stars that are copied to the GPU at once
 
 
 def split_stars(
-    prepared: PreparedStars, validation_split: float, test_split: float, seed: int
+    prepared: PreparedStars, validation_split: float, test_split: float, seed: int, *, all_classes: bool = True
 ) -> dict[str, np.ndarray]:
     """Indices of the "train", "validation" and "test" stars: stratified by class, no star in two parts.
 
-    Raises DataError where a class has too few stars for that.
+    Raises DataError where a class has too few stars for that. With `all_classes` false such classes are split together
+    with the nearest one that has enough, and it is printed in which parts a class is missing.
     """
     from sklearn.model_selection import train_test_split  # here: it takes a second, which other commands do not need
 
@@ -35,15 +36,18 @@ def split_stars(
     needed = 2 if test_split == 0 else 3
     rows = Counter(star.subclass for star in prepared.stars)
     for name, count in zip(CLASS_NAMES, np.bincount(group_class, minlength=len(CLASS_NAMES)), strict=True):
-        if count < needed:
+        if all_classes and count < needed:
             raise DataError(
                 f"class {name} has {rows[name]} usable spectra, of {count} star(s); every class needs at least "
-                f"{needed} stars to be split"
+                f"{needed} stars to be split; only --initial-checkpoint allows fewer"
             )
 
     def part(groups: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        classes, counts = np.unique(group_class[groups], return_counts=True)
+        enough = classes[counts >= min(2, counts.max())]
+        strata = enough[np.abs(group_class[groups, None] - enough).argmin(axis=1)]  # its class, or the nearest
         try:
-            return train_test_split(groups, test_size=fraction, stratify=group_class[groups], random_state=seed)
+            return train_test_split(groups, test_size=fraction, stratify=strata, random_state=seed)
         except ValueError as error:  # fewer stars in a part than classes
             raise DataError(f"{len(groups)} stars cannot be split, {fraction:.2f} of them apart: {error}") from error
 
@@ -54,11 +58,12 @@ def split_stars(
     parts = {"train": training, "validation": validation, "test": held_out}
     splits = {name: np.flatnonzero(np.isin(star_group, members)) for name, members in parts.items()}
     for name, indices in splits.items():
-        absent = set(range(len(CLASS_NAMES))) - set(prepared.targets[indices].tolist())
+        absent = [CLASS_NAMES[k] for k in np.setdiff1d(range(len(CLASS_NAMES)), prepared.targets[indices])]
         if len(indices) and absent:
-            raise DataError(
-                f"no {CLASS_NAMES[min(absent)]} star in the {name} part: too few stars, or too small a part"
-            )
+            message = f"no {', '.join(absent)} star in the {name} part"
+            if all_classes:
+                raise DataError(f"{message}: too few stars, or too small a part")
+            print(message)
     return splits
 
 

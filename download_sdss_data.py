@@ -129,11 +129,11 @@ def find_missing(stars: list[Star], args: argparse.Namespace) -> tuple[list[File
     spectra: list[File] = []
     cutouts: dict[Path, File] = {}  # rows of one name share their cutout
     for star in cli.progress(stars, desc="checking files", unit="star"):
-        urls = sdss_archive.spectrum_urls(star, args.sas_url, full=args.full)
-        spectrum = File(star, "spectrum", index.spectrum(star) or spectrum_path(args.data_dir, star), urls)
+        if not star.file:  # else the spectrum is the user's own
+            urls = sdss_archive.spectrum_urls(star, args.sas_url, full=args.full)
+            spectrum = File(star, "spectrum", index.spectrum(star) or spectrum_path(args.data_dir, star), urls)
+            spectra += [spectrum] * (not is_there(spectrum))
         cutout = File(star, "cutout", index.cutout(star) or cutout_path(args.data_dir, star))
-        if not is_there(spectrum):
-            spectra.append(spectrum)
         if cutout.path not in cutouts and not is_there(cutout):
             cutouts[cutout.path] = cutout
     return spectra, list(cutouts.values())
@@ -167,7 +167,7 @@ def with_positions(cutouts: list[File], args: argparse.Namespace) -> list[File]:
     for cutout in cli.progress(cutouts, desc="finding positions", unit="star"):
         positions = known_positions(cutout.star, index)
         if not positions:
-            reason = "no position: no ra, dec in the catalogue, no PLUG_RA, PLUG_DEC in a spectrum"
+            reason = "no position: no ra, dec in the catalogue, none in a spectrum"
             located.append(cutout._replace(reason=reason))
         elif conflict := position_conflict(*positions[0], *positions[-1]):
             located.append(cutout._replace(reason=conflict))

@@ -26,15 +26,26 @@ import numpy as np
 import torch
 from filelock import Timeout
 
-from catalog import CLASS_NAMES, Star
+import distributed
+from cache import PreparedStars
+from catalog import CLASS_NAMES, Star, describe
 from checkpoint import torch_load, torch_save
+from classifier import Classifier
 from cli import DataError, file_lock, remove_leftovers, write_atomically
+from device import describe_device
+from evaluation import Evaluation
 from plots import Axes, new_figure
+from preparation import SPECTRUM_LENGTH
+from star_files import catalog_path
+from survey_files import IMAGE_SIZE
 
 # The mark of an unfinished run's file; the number changes with all that makes a run go on otherwise than it began.
-STATE_FORMAT = "m-star training state 7"
+STATE_FORMAT = "m-star training state 8"
 STATE_FILES = "last_state_{}.pth"
-EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1")
+# By epoch. A loss is the sum of its terms; the learning rate is that of the first step.
+EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1",
+                 "train_classification_loss", "val_classification_loss", "learning_rate", "seconds")  # fmt: skip
+CONTRASTIVE_METRICS = ("train_contrastive_loss", "val_contrastive_loss", "val_retrieval_accuracy")
 
 
 class Paths(NamedTuple):
@@ -43,12 +54,15 @@ class Paths(NamedTuple):
     history: Path
     training_plot: Path
     confusion_matrix: dict[str, Path]  # by part of the stars
+    reliability: Path
     checkpoint: Path
     state: Path
+    tensorboard: Path  # a directory
 
     def remove_leftovers(self) -> None:
         """Delete the partial files of a run that was killed."""
-        for path in (self.checkpoint, self.state, self.training_plot, *self.confusion_matrix.values()):
+        plots = (self.training_plot, self.reliability, *self.confusion_matrix.values())
+        for path in (self.checkpoint, self.state, *plots):
             remove_leftovers(path)
 
 
@@ -59,8 +73,10 @@ def run_paths(output_dir: Path, training_id: str) -> Paths:
         history=output_dir / "training_history.json",
         training_plot=plots / f"training_plot_{training_id}.png",
         confusion_matrix={part: plots / f"confusion_matrix_{training_id}{suffixes[part]}.png" for part in suffixes},
+        reliability=plots / f"reliability_{training_id}.png",
         checkpoint=checkpoints / f"best_model_{training_id}.pth",
         state=checkpoints / STATE_FILES.format(training_id),
+        tensorboard=output_dir / "tensorboard" / training_id,
     )
 
 
@@ -103,6 +119,60 @@ def plain_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     chosen = {one.name for one in dataclasses.fields(args.recipe)}
     return {name: value for name, value in options.items() if name not in chosen} | {"recipe": asdict(args.recipe)}
+
+
+def begin(
+    args: argparse.Namespace, training_id: str, classifier: Classifier, prepared: PreparedStars,
+    splits: dict[str, np.ndarray], unused_stars: dict[str, Any],
+) -> Training:  # fmt: skip
+    """A new run. Its record holds all options and the values derived from them."""
+    recipe, options = args.recipe, plain_options(args)
+    held_out = np.concatenate([splits["validation"], splits["test"]])
+    device = next(classifier.parameters()).device
+    config = {
+        "training_id": training_id,
+        "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **{name: value for name, value in options.items() if not name.startswith("recipe")},
+        "recipe": args.recipe_name,
+        **asdict(recipe),
+        "device": describe_device(device),
+        "precision": classifier.precision,
+        "spec_length": SPECTRUM_LENGTH,
+        "image_size": IMAGE_SIZE,
+        "num_classes": len(CLASS_NAMES),
+        "class_names": list(CLASS_NAMES),
+        "model_architecture": f"FusionModel({recipe.modality}"
+        + (")" if recipe.modality == "spectrum" else f", {recipe.image_backbone})"),
+        "optimizer": f"AdamW, weight decay {recipe.weight_decay}, {recipe.warmup_epochs:g} epochs of warm-up, cosine, "
+        f"gradients clipped at {recipe.max_gradient_norm:g}",
+        "processes": distributed.world_size(),
+        "csv_file": str(catalog_path(args.data_dir)),
+        "image_dir": str(args.data_dir / "images"),
+        "spectra_dir": str(args.data_dir / "spectra"),
+        "stars": describe(prepared.stars),
+        "held_out_stars": fingerprint([prepared.stars[i] for i in held_out]),
+        "simulated_stars": sum(star.simulated for star in prepared.stars),
+        "stars_by_class_and_split": {
+            part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
+            for part, indices in splits.items()
+        },
+        **unused_stars,
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+    }
+    metrics = EPOCH_METRICS + (CONTRASTIVE_METRICS if classifier.is_contrastive else ())
+    record = {
+        "config": config,
+        "epoch_metrics": {name: [] for name in metrics},
+        "final_metrics": {},
+        "total_training_time_seconds": 0.0,
+    }
+    return Training(options, identify(prepared), record)
+
+
+def identify(prepared: PreparedStars) -> list[str]:
+    """The stars as text; a resumed run must find the same."""
+    return [repr(star) for star in prepared.stars]
 
 
 @contextlib.contextmanager
@@ -169,14 +239,16 @@ def put_into_history(path: Path, record: dict) -> None:
 
 
 def plot_training(path: Path, record: dict) -> None:
-    """Loss, accuracy, precision and F1 by epoch."""
-    config, best = record["config"], record["final_metrics"]["best_epoch"]
-    with new_figure(path, figsize=(11, 4)) as figure:
+    """Each term of the loss, and the scores, by epoch."""
+    config, metrics, best = record["config"], record["epoch_metrics"], record["final_metrics"]["best_epoch"]
+    terms = [term for term in ("classification", "contrastive") if f"train_{term}_loss" in metrics]
+    with new_figure(path, figsize=(5 * len(terms) + 6, 4)) as figure:
         figure.suptitle(f"{config['training_id']}: {config['modality']}, {config['stars']}")
-        left, right = figure.subplots(1, 2)
-        draw_losses(left, record["epoch_metrics"])
-        draw_scores(right, record["epoch_metrics"], config["stars_by_class_and_split"]["validation"].values())
-        for axes in (left, right):
+        panels = figure.subplots(1, len(terms) + 1)
+        for axes, term in zip(panels, terms, strict=False):
+            draw_loss(axes, metrics, term)
+        draw_scores(panels[-1], metrics, config["stars_by_class_and_split"]["validation"].values())
+        for axes in panels:
             axes.axvline(best, color="black", linestyle="--", linewidth=0.8, label=f"best epoch ({best})")
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -184,33 +256,52 @@ def plot_training(path: Path, record: dict) -> None:
             axes.legend(fontsize="small")
 
 
-def draw_losses(axes: Axes, metrics: dict[str, list[float]]) -> None:
-    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
-        axes.plot(range(1, len(metrics[name]) + 1), metrics[name], "o-", markersize=4, label=label)
-    axes.set_ylabel("loss")
+def draw_loss(axes: Axes, metrics: dict[str, list[float]], term: str) -> None:
+    for part, label in (("train", "training"), ("val", "validation")):
+        curve = metrics[f"{part}_{term}_loss"]
+        axes.plot(range(1, len(curve) + 1), curve, "o-", markersize=4, label=label)
+    axes.set_ylabel(f"{term} loss")
 
 
 def draw_scores(axes: Axes, metrics: dict[str, list[float]], stars_by_class: Collection[int]) -> None:
     # Recall weighted by class frequency is the accuracy.
-    for name, label in (("accuracy", "accuracy, recall"), ("precision", "precision"), ("f1", "F1")):
-        curve = metrics[f"val_{name}"]
-        axes.plot(range(1, len(curve) + 1), curve, "o-", markersize=4, alpha=0.8, label=label)
+    labels = {"accuracy": "accuracy, recall", "precision": "precision", "f1": "F1"}
+    labels["retrieval_accuracy"] = "images that find their spectrum"
+    for name, label in labels.items():
+        if curve := metrics.get(f"val_{name}"):
+            axes.plot(range(1, len(curve) + 1), curve, "o-", markersize=4, alpha=0.8, label=label)
     most = max(stars_by_class) / sum(stars_by_class)
     axes.axhline(most, color="gray", linestyle=":", label="accuracy of one class for all")
     axes.set(ylabel="validation score (weighted)", ylim=(0, 1.02))
 
 
-def plot_confusion_matrix(path: Path, targets: np.ndarray, predictions: np.ndarray, title: str) -> None:
+def plot_confusion_matrix(path: Path, evaluation: Evaluation, title: str) -> None:
     from sklearn.metrics import ConfusionMatrixDisplay  # here: it takes a second
 
     with new_figure(path, figsize=(5, 4.6)) as figure:
         axes = figure.subplots()
         ConfusionMatrixDisplay.from_predictions(
-            targets, predictions, labels=range(len(CLASS_NAMES)), display_labels=CLASS_NAMES, cmap="Blues",
-            colorbar=False, ax=axes,
+            evaluation.targets, evaluation.predictions, labels=range(len(CLASS_NAMES)), display_labels=CLASS_NAMES,
+            cmap="Blues", colorbar=False, ax=axes,
         )  # fmt: skip
         axes.set_title(title, fontsize="medium")
         axes.set(xlabel="predicted subclass", ylabel="catalogue subclass")
+
+
+def plot_reliability(path: Path, evaluation: Evaluation, temperature: float, title: str) -> None:
+    """The fraction classified right by the probability of the predicted class, before and after calibration."""
+    with new_figure(path, figsize=(5, 4.6)) as figure:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color="gray", linestyle=":", label="perfect")
+        for name, divisor in (("before", 1.0), (f"after (temperature {temperature:.2f})", temperature)):
+            probability, right, stars = evaluation.reliability(divisor)
+            label = f"{name}: error {evaluation.calibration_error(divisor):.3f}"
+            axes.plot(probability, right, "o-", alpha=0.8, label=label)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="probability of the predicted subclass", ylabel=f"fraction right (bins of {stars[0]} stars)")
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
 
 
 def library_versions() -> dict[str, str]:

@@ -14,14 +14,22 @@ def contrastive_loss(align_logits: Tensor) -> Tensor:
     return (F.cross_entropy(align_logits, own) + F.cross_entropy(align_logits.T, own)) / 2
 
 
-def loss_sic(align_logits: Tensor | None, fuse_logits: Tensor, targets: Tensor, *, sic_weight: float = 1.0) -> Tensor:
-    """sic_weight · contrastive loss + cross-entropy of the classes.
+def loss_terms(
+    align_logits: Tensor | None, fuse_logits: Tensor, targets: Tensor, *, sic_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the classes, and sic_weight · contrastive loss.
 
-    align_logits: (B, B), or None for a network of one modality, which has no contrastive term.
+    align_logits: (B, B), or None for a network of one modality, whose contrastive term is zero.
     fuse_logits: (B, num_classes).
     targets: (B,) class indices, or (B, num_classes) weights of the classes in mixed stars.
     """
     classification = F.cross_entropy(fuse_logits, targets)
     if align_logits is None or sic_weight == 0:
-        return classification
-    return sic_weight * contrastive_loss(align_logits) + classification
+        return classification, torch.zeros_like(classification)
+    return classification, sic_weight * contrastive_loss(align_logits)
+
+
+def loss_sic(align_logits: Tensor | None, fuse_logits: Tensor, targets: Tensor, *, sic_weight: float = 1.0) -> Tensor:
+    """The paper's loss: the sum of both terms of `loss_terms`."""
+    classification, contrastive = loss_terms(align_logits, fuse_logits, targets, sic_weight=sic_weight)
+    return classification + contrastive

@@ -1,18 +1,27 @@
-"""Classify the stars of a catalogue, labelled or not, with a checkpoint that train.py wrote.
+"""Classify spectra, or the stars of a catalogue, labelled or not, with a checkpoint that train.py wrote.
 
-    python predict.py checkpoints/best_model_ID.pth --data-dir DIR              DIR/objects.csv: predictions.csv
-    python predict.py checkpoints/best_model_ID.pth --data-dir DIR --output hyades.csv
+    python predict.py checkpoints/best_model_ID.pth spec-*.fits                 FITS files of SDSS or LAMOST
+    python predict.py checkpoints/best_model_ID.pth --data-dir DIR              the stars of DIR/objects.csv
+    python predict.py checkpoints/best_model_ID.pth --data-dir DIR --output hyades.vot
     torchrun --nproc-per-node=4 predict.py checkpoints/best_model_ID.pth        on four GPUs
 
-DIR/objects.csv needs the columns name, plate, mjd, fiberID; subclass may be absent, empty or anything. The stars' files
-are found by their names wherever they lie below spectra/ and images/. Each star gets a row:
+FILEs need no catalogue, and a network of both inputs gets no image of them. DIR/objects.csv needs the columns name,
+plate, mjd, fiberID, or the column file; subclass may be absent, empty or anything. These stars' files are found by
+their names wherever they lie below spectra/ and images/. Each star gets a row:
 
-    predicted_subclass, p_M0 ... p_M4    the most probable subclass, and the probability of each
-    expected_subclass, its _std          mean of the subclass numbers 0 to 4 weighted by probability, and deviation
+    ra, dec                              from the catalogue or the spectrum
+    catalog_subclass                     of the catalogue; of a FILE, the class that its survey wrote into it
+    predicted_subclass, p_M0 ... p_M4    the most probable subclass, and the calibrated probability of each
+    spectral_type                        "M2.5 +/- 0.4": mean and standard deviation of the subclass over the
+                                         probabilities; with more digits in expected_subclass and expected_subclass_std
+    TiO5, CaH2, CaH3                     band indices, each with its error, _err, from the spectrum's noise
+    zeta, metallicity_class              dM, sdM, esdM or usdM (indices.py)
+    EW_Halpha, is_active                 equivalent width in Angstrom, positive in emission
     outlier_score, is_outlier            above 1, True: farther from the training stars than 99.5 % of these are
                                          (outliers.py); its subclass should not be trusted
     problem                              why it cannot be classified
 
+The ending of --output tells its format: .csv, .ecsv, .fits or .vot (VOTable); all but CSV have units and descriptions.
 After an interruption the same command goes on where it was. An earlier output of this script is replaced, any other
 file of that name is not.
 """
@@ -22,47 +31,53 @@ import os
 from pathlib import Path
 
 from cli import ScriptParser, number_between
+from tables import table_path
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
-    add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, spectra/ and images/")
-    add("--output", type=Path, default=Path("predictions.csv"), metavar="CSV", help="gets a row for each star")
+    add("files", nargs="*", type=Path, metavar="FILE", help="a spectrum, perhaps gzipped")
+    add("--data-dir", type=Path, metavar="DIR", default=argparse.SUPPRESS,
+        help="in place of FILEs; holds objects.csv, spectra/ and images/ (default: .)")  # fmt: skip
+    add("--output", type=table_path, default=Path("predictions.csv"), metavar="TABLE", help="gets a row for each star")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--num-workers", type=number_between(int, 0, 256), default=min(8, os.cpu_count() or 1),
         help="processes that decode the stars' files")  # fmt: skip
     parser.add_quiet()
-    return parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # FILEs may stand behind options
+    if args.files and "data_dir" in args:
+        parser.error("FILEs or --data-dir: one of them")
+    args.data_dir = getattr(args, "data_dir", Path("."))
+    return args
 
 
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # before torch is imported: --help and mistakes are answered at once
 
 import contextlib
-import csv
 import hashlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
 
 from filelock import Timeout
 
 import distributed
 from cache import FEW_STARS, INPUTS, Paths, file_stamp, fingerprint
-from catalog import CLASS_NAMES, Star, count_known, describe, read_catalog
+from catalog import CLASS_NAMES, Star, check_places, count_known, describe, read_catalog
 from checkpoint import load_checkpoint
 from classifier import Classifier
-from cli import DataError, file_lock, progress, quietly, refuse_foreign_file, run_as_script, write_atomically
+from cli import DataError, file_lock, progress, quietly, run_as_script
 from dataset import prefetch
 from device import choose_device, out_of_memory_hint
 from outliers import References
-from prediction import COLUMNS, StarInputs, classify, read_star
+from prediction import StarInputs, classify, inputs_without_images, read_star, star_of_file
 from star_files import FileIndex, catalog_path
+from tables import read_parts, refuse_foreign_table, write_part, write_table
 from workers import parallel_map
 
 CHUNK = 512  # stars that are classified together, and written together
@@ -78,15 +93,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Classify the catalogue's stars; of several processes each has chunks of its own, and the first writes the
-    table."""
-    refuse_foreign_file(args.output, ",".join(COLUMNS))
-    stars, left_out = read_catalog(catalog_path(args.data_dir), labelled=False)
-    for reason, count in left_out.items():
-        print(f"{count} row(s) of the catalogue left out: {reason}")
+    """Classify the stars; of several processes each has chunks of its own, and the first writes the table."""
+    refuse_foreign_table(args.output)
+    files = dict(map(star_of_file, args.files)) or find_stars(args.data_dir)
+    stars = list(files)
     classifier, checkpoint = load_checkpoint(args.checkpoint, choose_device(args.device))
-    index, kinds = FileIndex(args.data_dir), INPUTS[classifier.recipe.modality]
-    files = {star: index.files(star) for star in stars}
+    kinds = inputs_without_images(classifier) if args.files else INPUTS[classifier.recipe.modality]
     if not any(all(paths[kind] for kind in kinds) for paths in files.values()):
         raise DataError(
             f"{args.data_dir}: none of its {len(stars)} stars has the files that this network reads, of "
@@ -98,16 +110,37 @@ def predict(args: argparse.Namespace) -> None:
             print(f"{folder}: {len(parts) - len(missing)} of {len(parts)} parts of an interrupted run are kept")
         chunks = {part: stars[k * CHUNK : (k + 1) * CHUNK] for k, part in enumerate(parts)}
         own = {part: chunks[part] for part in missing[distributed.rank() :: distributed.world_size()]}
-        classify_chunks(own, files, classifier, checkpoint["references"], args.num_workers)
+        classify_chunks(own, files, kinds, classifier, checkpoint["references"], args.num_workers)
         if distributed.rank() > 0:
             return
         while not all(part.exists() for part in parts):  # other processes are still at work
             time.sleep(0.5)
-        join(parts, args.output)
-    report(args.output, stars)
+        stars = [complete(star, row) for star, row in zip(stars, read_parts(parts), strict=True)]
+        if not args.files:
+            check_places(catalog_path(args.data_dir), [(star.spectrum_id, star) for star in stars])
+        write_table(args.output, parts)
+        classified = report(args.output, stars, read_parts(parts))
+    if not classified:
+        raise DataError(f"{args.output}: none of its stars could be classified; its column problem says why")
     known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
     if familiar := count_known(stars, known):
         print(f"  note: {familiar} of them were used for training or checkpoint selection: optimistic")
+
+
+def find_stars(data_dir: Path) -> dict[Star, Paths]:
+    """The stars of the catalogue, and their files."""
+    stars, left_out = read_catalog(catalog_path(data_dir), labelled=False)
+    for reason, count in left_out.items():
+        print(f"{count} row(s) of the catalogue left out: {reason}")
+    index = FileIndex(data_dir)
+    return {star: index.files(star) for star in stars}
+
+
+def complete(star: Star, row: dict[str, str]) -> Star:
+    """The star as its files showed it."""
+    return star._replace(
+        simulated=row["simulated"] == "True", ra=float(row["ra"] or "nan"), dec=float(row["dec"] or "nan")
+    )
 
 
 # The parts of the table: a file for each chunk of stars. So memory stays flat, several processes can work on one table,
@@ -150,12 +183,13 @@ def plan_parts(folder: Path, files: dict[Star, Paths], checkpoint: Path) -> tupl
 def classify_chunks(
     chunks: dict[Path, list[Star]],
     files: dict[Star, Paths],
+    kinds: tuple[str, ...],
     classifier: Classifier,
     references: References,
     num_workers: int,
 ) -> None:
     """Write each chunk of stars to its part. While the device works on one, worker processes decode the next."""
-    kinds, total = INPUTS[classifier.recipe.modality], sum(map(len, chunks.values()))
+    total = sum(map(len, chunks.values()))
     with (
         parallel_map(num_workers if total > FEW_STARS else 1) as map_stars,
         progress(desc="classifying", unit="star", total=total) as bar,
@@ -165,45 +199,37 @@ def classify_chunks(
             return list(map_stars(partial(read_star, kinds), chunk, [files[star] for star in chunk]))
 
         for part, inputs in zip(chunks, prefetch(read, chunks.values()), strict=True):
-            rows = classify(classifier, references, inputs)
-            with write_atomically(part) as temporary, open_table(temporary, "w") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
+            write_part(part, classify(classifier, references, inputs))
             bar.update(len(inputs))
 
 
-def open_table(path: Path, mode: str) -> Any:
-    # A path that is not UTF-8 has lone surrogates.
-    return open(path, mode, newline="", encoding="utf-8", errors="backslashreplace")
+def report(output: Path, stars: list[Star], rows: Iterable[dict[str, str]]) -> int:
+    """Print how many stars are of which subclass, active, metal-poor or outliers, and which have no prediction and why.
 
-
-def join(parts: list[Path], output: Path) -> None:
-    with write_atomically(output) as temporary, open(temporary, "wb") as table:
-        table.write(f"{','.join(COLUMNS)}\n".encode())
-        for part in parts:
-            with open(part, "rb") as file:
-                shutil.copyfileobj(file, table)
-
-
-def report(output: Path, stars: list[Star]) -> None:
-    """Print how many stars are of which subclass, how many are outliers, and which have no prediction and why."""
-    seen, outliers = [], []
+    Returns how many have one.
+    """
+    outliers: list[str] = []
     subclasses: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     problems: Counter[str] = Counter()
-    with open_table(output, "r") as file:
-        for star, row in zip(stars, csv.DictReader(file), strict=True):
-            seen.append(star._replace(simulated=row["simulated"] == "True"))
-            subclasses[row["predicted_subclass"]] += 1
-            problems[row["problem"]] += 1
-            if row["is_outlier"] == "True":
-                outliers.append(star.name)
-    print(f"{output}: {describe(seen)}, {problems.pop('', 0)} of them classified")
+    for star, row in zip(stars, rows, strict=True):
+        subclasses[row["predicted_subclass"]] += 1
+        kinds["active"] += row["is_active"] == "True"
+        kinds[row["metallicity_class"]] += 1
+        problems[row["problem"]] += 1
+        if row["is_outlier"] == "True":
+            outliers.append(star.name)
+    classified = problems.pop("", 0)
+    print(f"{output}: {describe(stars)}, {classified} of them classified")
     print("  " + ", ".join(f"{name} {subclasses[name]}" for name in CLASS_NAMES))
+    print("  " + ", ".join(f"{kind}: {count}" for kind, count in kinds.items() if kind not in ("", "dM")))
     if outliers:
         print(f"  outliers: {len(outliers)} ({', '.join(outliers[:5])}{', ...' * (len(outliers) > 5)})")
     for problem, count in problems.most_common(10):
         print(f"  not classified: {count} ({problem})")
     if len(problems) > 10:
         print(f"  and for {len(problems) - 10} other reasons, in the column problem")
+    return classified
 
 
 if __name__ == "__main__":

@@ -3,93 +3,143 @@
     inputs = read_star(INPUTS["fusion"], star, FileIndex(data_dir).files(star))
     [row] = classify(classifier, checkpoint["references"], [inputs])
 
-A star can be classified where a network could have been trained on it: cache.py has the rule.
+A star can be classified where a network could have been trained on it: cache.py has the rule. A spectrum needs no
+catalogue: `star_of_file` makes the star.
 """
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Paths, check_star, decode_file
-from catalog import CLASS_NAMES, Star
+from cache import Finding, Paths, check_star, decode_file
+from catalog import CLASS_NAMES, SPECTRUM_ENDING, Star
 from classifier import Classifier
+from cli import DataError
 from evaluation import STARS_AT_ONCE
+from indices import measure_indices
 from outliers import References, is_outlier, outlier_score
 from preparation import Batch, move
 
-COLUMNS = (
-    "name", "plate", "mjd", "fiberID", "catalog_subclass", "simulated", "predicted_subclass",
-    *(f"p_{name}" for name in CLASS_NAMES), "expected_subclass", "expected_subclass_std",
-    "outlier_score", "is_outlier", "problem",
-)  # fmt: skip
+HIDDEN_SIZE = 32  # pixels a side of the blank image in place of one that is not there; the network does not see it
 
 
 class StarInputs(NamedTuple):
     """A star, and its files' content as the network gets it."""
 
-    star: Star  # with its spectrum's position where the catalogue has none
+    star: Star  # with its spectrum's position, and subclass, where the catalogue has none
     arrays: dict[str, np.ndarray]  # "spectra": (2, 3522) float32, "images": (3, 128, 128) uint8; the usable ones
     problem: str  # why the star cannot be classified; "" if it can
+    indices: dict[str, Any]  # of a usable spectrum, as of `measure_indices`; else {}
+
+
+def star_of_file(path: Path) -> tuple[Star, Paths]:
+    """A star that is only known from its spectrum, and its files."""
+    return Star(SPECTRUM_ENDING.sub("", path.name), "", 0, 0, 0, file=str(path)), {"spectra": path, "images": None}
+
+
+def inputs_without_images(classifier: Classifier) -> tuple[str, ...]:
+    """The kinds of input of stars that are only known from their spectra. Raises DataError for a network of images."""
+    recipe = classifier.recipe
+    if recipe.modality == "image":
+        raise DataError("this network classifies images; spectra need one of --modality spectrum or fusion")
+    if recipe.modality == "fusion" and not recipe.image_dropout:
+        print(
+            "warning: this network was not trained to do without images, and gets none: train one with "
+            "--modality spectrum, or with --image-dropout 0.5"
+        )
+    return ("spectra",)
 
 
 def read_star(kinds: tuple[str, ...], star: Star, paths: Paths) -> StarInputs:
     """Decode the files of a star that is to be classified from these kinds of input, "spectra" and "images"."""
-    # The spectrum is read in any case: it says where it was taken.
+    # The spectrum is read in any case: it says where it was taken, and its indices are measured.
     read = {kind: path for kind, path in paths.items() if path and kind in (*kinds, "spectra")}
     decoded = {kind: decode_file(kind, path, star) for kind, path in read.items()}
     checked = check_star(star, paths, {kind: finding for kind, (finding, _) in decoded.items()}, kinds)
+    star = checked.star
+    finding, spectrum = decoded.get("spectra", (Finding(), None))
+    if star.file and not star.subclass:
+        star = star._replace(subclass=finding.subclass)
     arrays = {kind: array for kind, (_, array) in decoded.items() if kind in kinds and array is not None}
-    return StarInputs(checked.star, arrays, "" if checked.state == "used" else checked.problem or checked.state)
+    indices = {} if spectrum is None else measure_indices(spectrum, finding.redshift)
+    return StarInputs(star, arrays, "" if checked.state == "used" else checked.problem or checked.state, indices)
 
 
 def classify(classifier: Classifier, references: References, stars: Sequence[StarInputs]) -> list[dict[str, Any]]:
-    """The table's row of each star, by column; a star with a problem has no prediction."""
+    """The table's row of each star, by column, None where a value is not known; a star with a problem has neither
+    prediction nor indices."""
     usable = [entry for entry in stars if not entry.problem]
     at_once = STARS_AT_ONCE[next(classifier.parameters()).device.type]
     batches = (make_batch(classifier, usable[start : start + at_once]) for start in range(0, len(usable), at_once))
     predictions = (prediction for batch in batches for prediction in predict_batch(classifier, references, batch))
     rows = []
-    for star, _, problem in stars:
-        row = {column: getattr(star, column) for column in ("name", "plate", "mjd", "fiberID", "simulated")}
-        row |= {"catalog_subclass": star.subclass, "problem": problem}
-        rows.append(row if problem else row | next(predictions))
+    for star, _, problem, indices in stars:
+        row = {column: getattr(star, column) or None for column in ("name", "plate", "mjd", "fiberID")}
+        row |= {"ra": rounded(star.ra, 6), "dec": rounded(star.dec, 6), "catalog_subclass": star.subclass}
+        row |= {"simulated": star.simulated, "problem": problem}
+        if not problem:
+            row |= {name: rounded(value, 4) for name, value in indices.items()} | next(predictions)
+        rows.append(row)
     return rows
 
 
 def make_batch(classifier: Classifier, stars: Sequence[StarInputs]) -> Batch:
-    """The stars' inputs on the classifier's device; their targets are not known, and 0."""
+    """The stars' inputs on the classifier's device; their targets are not known, and 0.
+
+    Where a network of both inputs gets no images, they are blank and hidden (`image_mask` False).
+    """
     arrays = [entry.arrays for entry in stars]
     spectra, images = (
         torch.from_numpy(np.stack([own[kind] for own in arrays])) if kind in arrays[0] else None
         for kind in ("spectra", "images")
     )
+    image_mask = None
+    if classifier.recipe.modality == "fusion" and images is None:
+        images = torch.zeros(len(stars), 3, HIDDEN_SIZE, HIDDEN_SIZE, dtype=torch.uint8)
+        image_mask = torch.zeros(len(stars), dtype=torch.bool)
     targets = torch.zeros(len(stars), dtype=torch.int64)
-    return move(Batch(spectra, images, targets), next(classifier.parameters()).device)
+    return move(Batch(spectra, images, targets, image_mask), next(classifier.parameters()).device)
 
 
 @torch.inference_mode()
 def predict_batch(classifier: Classifier, references: References, batch: Batch) -> list[dict[str, Any]]:
-    """The predicted columns of each star."""
-    probabilities = classifier(batch)[2].double().softmax(dim=1).cpu()
+    """The predicted columns of each star, from the calibrated probabilities p_k of the subclasses k = 0 to 4.
+
+    spectral_type "M2.5 ± 0.4" is the mean Σ k p_k and the standard deviation √(Σ k² p_k − mean²): how widely the
+    probability is spread over the subclasses. It is no error of the labels that the network was trained on, whose zero
+    point differs from survey to survey, and none for a star outside M0 to M4, which the mean cannot leave.
+    """
+    probabilities = classifier.probabilities(classifier(batch)[2]).cpu()
     subclass = torch.arange(len(CLASS_NAMES), dtype=torch.float64)
     mean = probabilities @ subclass
     std = (probabilities * (subclass - mean[:, None]) ** 2).sum(dim=1).sqrt()
     # An odd image makes a star odd, whatever its spectrum, and the reverse: the larger score counts.
-    scores = [outlier_score(kind, getattr(batch, kind), reference) for kind, reference in references.items()]
+    seen = {"spectra": batch.spectra, "images": batch.images if batch.image_mask is None else None}
+    scores = [outlier_score(kind, seen[kind], references[kind]) for kind in seen if seen[kind] is not None]
     score = torch.stack(scores).amax(dim=0)
     columns = {
         "predicted_subclass": [CLASS_NAMES[k] for k in probabilities.argmax(dim=1)],
-        **{f"p_{name}": rounded(probabilities[:, k], 5) for k, name in enumerate(CLASS_NAMES)},
-        "expected_subclass": rounded(mean, 3),
-        "expected_subclass_std": rounded(std, 3),
-        "outlier_score": rounded(score, 3),
+        **{f"p_{name}": rounded_all(probabilities[:, k], 5) for k, name in enumerate(CLASS_NAMES)},
+        "spectral_type": [f"M{k:.1f} ± {spread:.1f}" for k, spread in zip(mean.tolist(), std.tolist(), strict=True)],
+        "expected_subclass": rounded_all(mean, 3),
+        "expected_subclass_std": rounded_all(std, 3),
+        "outlier_score": rounded_all(score, 3),
         "is_outlier": is_outlier(score).tolist(),
     }
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def rounded(values: Tensor, digits: int) -> list[float]:
+def rounded(value: Any, digits: int) -> Any:
+    """The value, a float rounded; None in place of NaN."""
+    if not isinstance(value, float):
+        return value
+    return None if math.isnan(value) else round(value, digits)
+
+
+def rounded_all(values: Tensor, digits: int) -> list[float]:
     return [round(value, digits) for value in values.tolist()]

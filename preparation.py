@@ -30,10 +30,12 @@ WAVELENGTH = 10 ** ((FIRST_PIXEL + np.arange(SPECTRUM_LENGTH)) / PIXELS_PER_DEX)
 MIN_GOOD_FRACTION = 0.5  # a spectrum with fewer good pixels in the window is not used
 
 # Cosmic rays and failed sky subtraction that ivar does not mark: a pixel is rejected if it departs from the median of
-# its neighbours by more than both. Noise alone stays within the first, an M star's lines within the second.
+# its neighbours by more than both. Noise alone stays within the first, an M star's lines within the second; Hα, which
+# flares higher, is kept.
 OUTLIER_SIGMA = 5.0
-OUTLIER_FLUX = 2.0  # of the neighbours' median or, where that is less, of the spectrum's; Hα of 7 Å stays within it
+OUTLIER_FLUX = 2.0  # of the neighbours' median or, where that is less, of the spectrum's
 OUTLIER_WINDOW = 15  # pixels
+H_ALPHA = (6555, 6575)  # Å, at any velocity of a star of the Galaxy
 
 # A pixel's weight in the mean spectrum is 1 / (its variance + INTRINSIC_SCATTER²), so no bright star decides alone.
 INTRINSIC_SCATTER = 0.1  # of the median flux; about how much stars of one class differ
@@ -56,32 +58,50 @@ def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:
     """(2, 3522) float32, 4000–9000 Å on the SDSS grid: flux over its median, and the inverse variance of that.
 
     A pixel that is bad (ivar = 0, not finite, absent) or an outlier has an inverse variance of 0; its flux is
-    interpolated. Raises DataError, naming the file, if more than half of the window is bad or its median flux is not
-    positive.
+    interpolated. Raises DataError, naming the file, if its pixels are not of SDSS's size, more than half of the window
+    is bad, or its median flux is not positive.
     """
-    position = spectrum.loglam * PIXELS_PER_DEX
-    pixel = np.rint(position[0]) + np.arange(len(position))
-    if not np.abs(position - pixel).max() < 0.1:  # float32 loglam is good to 0.005 pixel
-        raise DataError(f"{spectrum.path}: its wavelengths are not on the SDSS grid (loglam in steps of 1e-4)")
-    index = pixel.astype(int) - FIRST_PIXEL
-    good = (index >= 0) & (index < SPECTRUM_LENGTH) & np.isfinite(spectrum.flux)
-    good &= np.isfinite(spectrum.ivar) & (spectrum.ivar > 0)
+    index, flux, ivar = resample(spectrum)
+    good = (index >= 0) & (index < SPECTRUM_LENGTH) & (ivar > 0)
     if good.sum() < MIN_GOOD_FRACTION * SPECTRUM_LENGTH:
         raise DataError(
             f"{spectrum.path}: only {good.sum()} of the {SPECTRUM_LENGTH} pixels between 4000 and 9000 Å are good"
         )
-    index, flux, ivar = index[good], spectrum.flux[good], spectrum.ivar[good]
+    index, flux, ivar = index[good], flux[good], ivar[good]
     median = np.median(flux)
     if not median > 0:
         raise DataError(f"{spectrum.path}: its median flux is {median:.3g}: there is no star in this spectrum")
     flux, ivar = flux / median, ivar * median**2
     neighbours = median_filter(flux, OUTLIER_WINDOW, mode="nearest")
     largest = np.maximum(OUTLIER_SIGMA / np.sqrt(ivar), OUTLIER_FLUX * np.maximum(neighbours, 1))
-    kept = np.abs(flux - neighbours) <= largest
+    kept = (np.abs(flux - neighbours) <= largest) | (np.abs(WAVELENGTH[index] - np.mean(H_ALPHA)) < np.ptp(H_ALPHA) / 2)
     prepared = np.zeros((2, SPECTRUM_LENGTH), np.float32)
     prepared[0] = np.interp(np.arange(SPECTRUM_LENGTH), index[kept], flux[kept])
     prepared[1, index[kept]] = ivar[kept]
     return prepared
+
+
+def resample(spectrum: Spectrum) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index from the window's first pixel, flux and inverse variance of a spectrum on SDSS's grid; 0 where it is bad.
+
+    Where its own pixels lie between SDSS's, flux is interpolated; of a bad pixel and its neighbour, the result is bad.
+    """
+    good = np.isfinite(spectrum.flux) & np.isfinite(spectrum.ivar) & (spectrum.ivar > 0)
+    flux, ivar = np.where(good, spectrum.flux, 0), np.where(good, spectrum.ivar, 0)
+    position = spectrum.loglam * PIXELS_PER_DEX - FIRST_PIXEL
+    index = np.rint(position[0]) + np.arange(len(position))
+    if np.abs(position - index).max() < 0.1:  # float32 loglam is good to 0.005 pixel
+        return index.astype(int), flux, ivar
+    if np.abs(np.diff(position) - 1).max(initial=0) > 0.1:
+        raise DataError(f"{spectrum.path}: its pixels are not of SDSS's size (loglam in steps of 1e-4)")
+    index = np.arange(math.ceil(position[0]), math.floor(position[-1]) + 1)
+    right = np.searchsorted(position, index).clip(1)
+    left = right - 1
+    weight = (index - position[left]) / (position[right] - position[left])
+    flux = (1 - weight) * flux[left] + weight * flux[right]
+    with np.errstate(divide="ignore", invalid="ignore"):  # ivar is 0 of bad pixels
+        variance = (1 - weight) ** 2 / ivar[left] + weight**2 / ivar[right]
+    return index, flux, np.where(good[left] & good[right], 1 / variance, 0)
 
 
 def prepare_cutout(pixels: np.ndarray) -> np.ndarray:

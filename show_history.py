@@ -112,7 +112,7 @@ def make_table(runs: list[dict[str, Any]]) -> list[list[str]]:
             "catalogue": run.get("csv_file"),
             "recipe": run.get("recipe"),
             "reads": run.get("modality"),
-            "epochs": run.get("num_epochs"),
+            "epochs": run.get("last_epoch") or run.get("num_epochs"),
             "val F1 (95 %)": format_score(run, "val"),
             "test F1 (95 %)": format_score(run, "test"),
             "time": seconds and f"{seconds:.0f} s",

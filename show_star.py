@@ -3,6 +3,7 @@
     python show_star.py --data-dir DIR                               a few stars of each class: is my data read right?
     python show_star.py NAME NAME --data-dir DIR                     a page for each, plots/star_PLATE-MJD-FIBERID.png
     python show_star.py NAME --data-dir DIR --checkpoint CHECKPOINT  and its probabilities, and which bands decided
+    python show_star.py spec-*.fits --checkpoint CHECKPOINT          the same of spectra, without a catalogue
 
 NAME is the star's in objects.csv, or plate-mjd-fiberID. Which bands decided is tried out: a piece of the spectrum is
 replaced by the mean spectrum of the training stars. What the log odds of the predicted subclass lose, that piece had
@@ -18,7 +19,7 @@ from cli import ScriptParser
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="the stars to draw; none: a sheet with stars of each class")
+    add("names", nargs="*", metavar="NAME", help="the stars, or files, to draw; none: a sheet with stars of each class")
     add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, spectra/ and images/")
     add("--checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
     add("--output-dir", type=Path, default=Path("plots"), metavar="DIR",
@@ -42,9 +43,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from astropy.io import fits
 
-from cache import INPUTS
-from catalog import CLASS_NAMES, Star, describe, read_catalog
+from cache import INPUTS, Paths
+from catalog import CLASS_NAMES, SPECTRUM_ENDING, Star, describe, read_catalog
 from checkpoint import load_checkpoint
 from classifier import Classifier
 from cli import DataError, quietly, refuse_foreign_file, run_as_script
@@ -52,7 +54,7 @@ from dataset import Batch
 from mdwarf import air_to_vacuum
 from outliers import References
 from plots import Axes, new_figure
-from prediction import StarInputs, classify, make_batch, read_star
+from prediction import StarInputs, classify, inputs_without_images, make_batch, read_star, star_of_file
 from preparation import SPECTRUM_LENGTH, WAVELENGTH
 from star_files import FileIndex, catalog_path
 from survey_files import CUTOUT_SCALE, IMAGE_SIZE, Cutout, Spectrum, read_cutout, read_spectrum
@@ -84,20 +86,36 @@ class Page(NamedTuple):
 
 def main(args: argparse.Namespace) -> None:
     with quietly(args.quiet):
-        catalog, index = catalog_path(args.data_dir), FileIndex(args.data_dir)
-        stars, _ = read_catalog(catalog, labelled=False)
-        chosen = find_stars(args.names, stars, catalog)
-        paths = [args.output_dir / f"star_{star.spectrum_id}.png" for star in chosen] or [args.output_dir / "stars.png"]
-        for path in paths:
-            refuse_foreign_file(path, SOFTWARE)
-        if not chosen:
-            draw_sheet(paths[0], choose_sheet_stars(stars, index, args.data_dir), len(stars))
-            print(paths[0])
-            return
-        classifier, checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else (None, {})
-        for star, path in zip(chosen, paths, strict=True):
-            draw_page(path, read_page(star, index, classifier, checkpoint.get("references", {})))
+        if not args.names:
+            refuse_foreign_file(path := args.output_dir / "stars.png", SOFTWARE)
+            draw_sheet(path, *choose_sheet_stars(args.data_dir))
             print(path)
+            return
+        files, listed = choose_stars(args.names, args.data_dir)
+        chosen = files | listed
+        pages = [args.output_dir / f"star_{star.name if star.file else star.spectrum_id}.png" for star in chosen]
+        if len({*pages}) < len(pages):
+            raise DataError("two of these stars have one name: draw them into two directories (--output-dir)")
+        for page in pages:
+            refuse_foreign_file(page, SOFTWARE)
+        classifier, checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else (None, {})
+        kinds = INPUTS[classifier.recipe.modality if classifier else "fusion"]
+        file_kinds = inputs_without_images(classifier) if classifier and files else ("spectra",)
+        for page, (star, paths) in zip(pages, chosen.items(), strict=True):
+            inputs = read_star(file_kinds if star in files else kinds, star, paths)
+            draw_page(page, make_page(inputs, paths, classifier, checkpoint.get("references", {})))
+            print(page)
+
+
+def choose_stars(names: list[str], data_dir: Path) -> tuple[dict[Star, Paths], dict[Star, Paths]]:
+    """The stars that are named as files, and those that are named in the catalogue, with their files."""
+    spectra = {name: Path(name) for name in names if SPECTRUM_ENDING.search(name)}
+    files, listed = dict(map(star_of_file, spectra.values())), {}
+    if others := [name for name in names if name not in spectra]:
+        catalog, index = catalog_path(data_dir), FileIndex(data_dir)
+        stars, _ = read_catalog(catalog, labelled=False)
+        listed = {star: index.files(star) for star in find_stars(others, stars, catalog)}
+    return files, listed
 
 
 def find_stars(names: list[str], stars: list[Star], catalog: Path) -> list[Star]:
@@ -113,17 +131,15 @@ def find_stars(names: list[str], stars: list[Star], catalog: Path) -> list[Star]
     return [star for star in stars if wanted & {star.name, star.spectrum_id}]
 
 
-def read_page(star: Star, index: FileIndex, classifier: Classifier | None, references: References) -> Page:
+def make_page(inputs: StarInputs, paths: Paths, classifier: Classifier | None, references: References) -> Page:
     """Raises DataError where there is nothing to draw."""
-    paths = index.files(star)
-    inputs = read_star(INPUTS[classifier.recipe.modality if classifier else "fusion"], star, paths)
     spectrum = cutout = None
     with contextlib.suppress(DataError):  # damaged: the page shows the rest
-        spectrum = paths["spectra"] and read_spectrum(paths["spectra"], star)
+        spectrum = paths["spectra"] and read_spectrum(paths["spectra"], inputs.star)
     with contextlib.suppress(DataError):
         cutout = paths["images"] and read_cutout(paths["images"])
     if spectrum is None and cutout is None:
-        raise DataError(f"{star.name}: {inputs.problem}")
+        raise DataError(f"{inputs.star.name}: {inputs.problem}")
     row = classify(classifier, references, [inputs])[0] if classifier else {}
     return Page(inputs, spectrum, cutout, classifier, row)
 
@@ -154,7 +170,8 @@ def draw_spectrum(axes: Axes, page: Page) -> None:
     if good.any():
         set_limits(axes, flux[good])
         title = f"median S/N {np.median(flux[good] * np.sqrt(ivar[good])):.1f} a pixel"
-    axes.set_ylabel("flux (10⁻¹⁷ erg s⁻¹ cm⁻² Å⁻¹)")
+    has_unit = "BUNIT" in fits.getheader(page.spectrum.path)  # LAMOST's fluxes are relative
+    axes.set_ylabel("flux (10⁻¹⁷ erg s⁻¹ cm⁻² Å⁻¹)" if has_unit else "flux (relative)")
     axes.legend(loc="upper left", fontsize=8, ncols=4, title=title, title_fontsize=8)
 
 
@@ -198,9 +215,9 @@ def draw_probabilities(axes: Axes, row: dict[str, Any]) -> None:
     colours = ["tab:green" if name == row["catalog_subclass"] else "gray" for name in CLASS_NAMES]
     bars = axes.bar(CLASS_NAMES, [row[f"p_{name}"] for name in CLASS_NAMES], color=colours)
     axes.bar_label(bars, fmt="%.2f", fontsize=8)
-    title = f"expected subclass {row['expected_subclass']:.2f} ± {row['expected_subclass_std']:.2f}\n"
+    title = f"spectral type {row['spectral_type']}\n"
     title += f"outlier score {row['outlier_score']:.2f}" + "\nUNLIKE THE TRAINING STARS" * row["is_outlier"]
-    axes.set(ylim=(0, 1.1), ylabel="probability" + " (green: catalogue)" * bool(row["catalog_subclass"]))
+    axes.set(ylim=(0, 1.1), ylabel="probability" + " (green: its label)" * bool(row["catalog_subclass"]))
     axes.set_title(title, fontsize=9, color="tab:red" if row["is_outlier"] else "black")
 
 
@@ -214,11 +231,11 @@ def occlusion_map(classifier: Classifier, star: Batch) -> tuple[np.ndarray, np.n
     spectra = star.spectra.repeat(1 + len(pieces), 1, 1)  # the first one stays whole
     for occluded, piece in zip(spectra[1:, 0], pieces, strict=True):
         occluded[piece] = ordinary[piece]
-    images = None if star.images is None else star.images.expand(len(spectra), -1, -1, -1)
-    logits = classifier(Batch(spectra, images, star.targets.expand(len(spectra))))[2].double()
+    others = (None if part is None else part.expand(len(spectra), *part.shape[1:]) for part in star[1:])
+    logits = classifier(Batch(spectra, *others))[2].double()
     predicted = logits[0].argmax()
-    others = torch.arange(len(CLASS_NAMES)) != predicted
-    log_odds = logits[:, predicted] - logits[:, others].logsumexp(dim=1)
+    not_predicted = torch.arange(len(CLASS_NAMES)) != predicted
+    log_odds = logits[:, predicted] - logits[:, not_predicted].logsumexp(dim=1)
     centres = np.array([WAVELENGTH[piece].mean() for piece in pieces])
     return centres, (log_odds[0] - log_odds[1:]).numpy()
 
@@ -254,16 +271,29 @@ def draw_page(path: Path, page: Page) -> None:
 
 def page_title(page: Page) -> str:
     star, problem = page.inputs.star, page.inputs.problem
-    title = [f"{star.name} ({star.spectrum_id})", f"catalogue: {star.subclass or 'no label'}"]
+    title = [f"{star.name} ({star.spectrum_id})", f"label: {star.subclass or 'none'}"]
     if page.classifier:
         title.append(f"network: {page.row.get('predicted_subclass', 'not classified')}")
     title += ["SIMULATED"] * star.simulated
-    return "\n".join([", ".join(title), *textwrap.wrap(problem, 150)])
+    lines = [", ".join(title), describe_indices(page.inputs.indices), *textwrap.wrap(problem, 150)]
+    return "\n".join(filter(None, lines))
 
 
-def choose_sheet_stars(stars: list[Star], index: FileIndex, data_dir: Path) -> dict[str, list[StarInputs]]:
-    """Of each class, and of stars without one, the first stars that can be used."""
-    chosen = {}
+def describe_indices(indices: dict[str, Any]) -> str:
+    """In one line, those that were measured."""
+    values = [
+        f"{name} {indices[name]:.2f} ± {indices[f'{name}_err']:.2f}" + " Å" * name.startswith("EW")
+        for name in ("TiO5", "CaH2", "CaH3", "zeta", "EW_Halpha")
+        if not np.isnan(indices.get(name, np.nan))
+    ]
+    activity = {True: "active", False: "not active"}.get(indices.get("is_active"))
+    return ", ".join(filter(None, [*values, indices.get("metallicity_class"), activity]))
+
+
+def choose_sheet_stars(data_dir: Path) -> tuple[dict[str, list[StarInputs]], int]:
+    """Of each class, and of stars without one, the first stars that can be used; and how many the catalogue has."""
+    stars, _ = read_catalog(catalog_path(data_dir), labelled=False)
+    index, chosen = FileIndex(data_dir), {}
     for subclass in (*CLASS_NAMES, ""):
         members = (star for star in stars if star.subclass == subclass)
         read = (read_star(INPUTS["fusion"], star, index.files(star)) for star in members)
@@ -272,7 +302,7 @@ def choose_sheet_stars(stars: list[Star], index: FileIndex, data_dir: Path) -> d
     if not chosen:
         problem = read_star(INPUTS["fusion"], stars[0], index.files(stars[0])).problem
         raise DataError(f"{data_dir}: none of its {len(stars)} stars has a good spectrum and a good image ({problem})")
-    return chosen
+    return chosen, len(stars)
 
 
 def draw_sheet(path: Path, chosen: dict[str, list[StarInputs]], count: int) -> None:

@@ -2,7 +2,7 @@
 
     data directory/
         objects.csv                                     the catalogue
-        spectra/{subclass}/spec-{plate}-{mjd}-{fiberID}.fits
+        spectra/{subclass}/spec-{plate}-{mjd}-{fiberID}.fits, or spectra/{file}
         images/{subclass}/{name}_image.jpg
 
 Scripts write there, for a star without label into spectra/ and images/ themselves. A star's file is
@@ -32,7 +32,7 @@ def catalog_path(data_dir: Path) -> Path:
 
 def spectrum_path(data_dir: Path, star: Star) -> Path:
     """Where a star's spectrum is written."""
-    return Path(data_dir) / "spectra" / star.subclass / f"spec-{star.spectrum_id}.fits"
+    return Path(data_dir) / "spectra" / (star.file or Path(star.subclass, f"spec-{star.spectrum_id}.fits"))
 
 
 def cutout_path(data_dir: Path, star: Star) -> Path:
@@ -48,6 +48,9 @@ class FileIndex:
 
     def spectrum(self, star: Star) -> Path | None:
         """The star's spectrum, None if there is none. Raises DataError if two files for it differ."""
+        if star.file:
+            path = spectrum_path(self.data_dir, star)
+            return path if path.is_file() else None
         return _only(self._spectra.get((star.plate, star.mjd, star.fiberID), []))
 
     def files(self, star: Star) -> dict[str, Path | None]:

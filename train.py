@@ -4,6 +4,7 @@
     python train.py                                            train on ./objects.csv, spectra/, images/
     python train.py --recipe improved                          with the changes that help; see recipe.py
     python train.py --modality spectrum --epochs 30            single choices changed
+    python train.py --initial-checkpoint CHECKPOINT            go on from trained weights, on other stars
     python train.py --resume auto                              go on after Ctrl-C or a crash
     torchrun --nproc-per-node=4 train.py                       on four GPUs
     python train.py --evaluate checkpoints/best_model_ID.pth   score a checkpoint on its validation stars
@@ -21,8 +22,8 @@ import argparse
 import contextlib
 import math
 import time
-from dataclasses import asdict
-from datetime import datetime
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,27 @@ import distributed
 import history
 import outliers
 from cache import PreparedStars, read_stars
-from catalog import CLASS_NAMES, Star, count_known, describe
+from catalog import Star, count_known, describe
 from checkpoint import load_checkpoint, load_image_weights, save_checkpoint
 from classifier import Classifier
 from cli import DataError, progress, quietly, run_as_script, write_atomically
 from dataset import StarLoader, random_stream, split_stars
-from device import choose_device, choose_precision, describe_device, out_of_memory_hint
-from evaluation import evaluate, print_scores
+from device import choose_device, choose_precision, out_of_memory_hint
+from evaluation import Evaluation, evaluate, fit_temperature, print_calibration, print_scores
 from history import Paths, Training
-from preparation import SPECTRUM_LENGTH
 from recipe import Recipe
 from simulate_sdss_data import simulate
-from star_files import catalog_path
-from survey_files import IMAGE_SIZE
 from trainer import Trainer
 
 STATISTICS_STARS = 4096  # enough for the mean spectrum and its scale
 STATE_INTERVAL = 60.0  # seconds of training, at least, from one state on the disk to the next
+EPOCH_LINE = (
+    "{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {val_loss:6.3f}  accuracy {val_accuracy:.3f}  "
+    "precision {val_precision:.3f}  recall {val_recall:.3f}  F1 {val_f1:.3f}{mark}  {seconds:5.1f} s"
+)
 PARTS = {"validation": "used for checkpoint selection: optimistic", "test": "held out"}
+# Choices that an initial checkpoint has made: its network, and the preparation of its inputs
+FIXED = ("modality", "image_backbone", "image_weights", "num_layers", "smoothing", "continuum_degree")
 
 DEMO_STARS_PER_CLASS = 50
 DEMO_SNR = (5, 60)  # brighter than the catalogue's stars, so that few of them and few epochs do
@@ -61,33 +65,33 @@ DEMO_SNR = (5, 60)  # brighter than the catalogue's stars, so that few of them a
 
 
 class LossMeter:
-    """The mean loss of an epoch, without waiting for the device.
+    """The mean of each term of the loss over an epoch, without waiting for the device.
 
     Raises DataError once a loss that is not finite has arrived on the host, a few steps late on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.total, self.steps = torch.zeros((), device=device), 0
-        self.host_total = torch.zeros((), pin_memory=device.type == "cuda")
+        self.total, self.steps = torch.zeros(2, device=device), 0
+        self.host_total = torch.zeros(2, pin_memory=device.type == "cuda")
 
-    def add(self, loss: Tensor) -> None:
-        self.total += loss
+    def add(self, losses: Tensor) -> None:
+        self.total += losses
         self.steps += 1
         self.check(self.host_total)
         self.host_total.copy_(self.total, non_blocking=True)
 
-    def mean(self) -> float:
+    def means(self) -> list[float]:
         self.check(self.total)
-        return self.total.item() / self.steps
+        return (self.total / self.steps).tolist()
 
     @staticmethod
     def check(total: Tensor) -> None:
-        if not math.isfinite(total):
+        if not total.isfinite().all():
             raise DataError("the loss is not finite; try a smaller --learning-rate or --precision fp32")
 
 
-def train_one_epoch(trainer: Trainer, loader: StarLoader, epoch: int, seed: int, description: str) -> float:
-    """One pass over the training stars; returns the mean loss by star."""
+def train_one_epoch(trainer: Trainer, loader: StarLoader, epoch: int, seed: int, description: str) -> list[float]:
+    """One pass over the training stars; returns the mean classification and contrastive loss by star."""
     batch_size = trainer.recipe.batch_size
     order = torch.Generator().manual_seed(random_stream(seed, epoch))
     torch.manual_seed(random_stream(seed, epoch, distributed.rank() + 1))  # of the augmentation
@@ -96,52 +100,67 @@ def train_one_epoch(trainer: Trainer, loader: StarLoader, epoch: int, seed: int,
     batches = loader.epoch(batch_size, order)
     for batch in progress(batches, desc=description, unit="batch", total=loader.num_batches(batch_size)):
         losses.add(trainer.step(batch))
-    return losses.mean()
+    return losses.means()
+
+
+def train_and_validate(
+    trainer: Trainer, loaders: dict[str, StarLoader], epoch: int, config: dict[str, Any]
+) -> tuple[dict[str, Any], Evaluation]:
+    """One epoch; returns its metrics by their names in history.py, and the evaluation of the validation stars."""
+    now, learning_rate = f"epoch {epoch}/{config['num_epochs']}", trainer.learning_rate
+    train_losses = train_one_epoch(trainer, loaders["train"], epoch, config["random_seed"], now)
+    distributed.synchronise_buffers(trainer.classifier)
+    validation = evaluate(trainer.classifier, loaders["validation"], f"{now}, validating")
+    metrics = {"learning_rate": learning_rate, "val_retrieval_accuracy": validation.retrieval_accuracy}
+    metrics |= {f"val_{name}": score for name, score in validation.scores().items()}
+    for part, losses in (("train", train_losses), ("val", validation.losses)):
+        metrics |= {f"{part}_loss": sum(losses)}
+        metrics |= dict(zip((f"{part}_classification_loss", f"{part}_contrastive_loss"), losses, strict=True))
+    return metrics, validation
 
 
 def fit(
-    trainer: Trainer, loaders: dict[str, StarLoader], training: Training, paths: Paths, contents: dict[str, Any]
-) -> None:
+    trainer: Trainer, loaders: dict[str, StarLoader], training: Training, paths: Paths, contents: dict[str, Any],
+    scalars: Any = None,
+) -> None:  # fmt: skip
     """Train from the epoch that `training` is at. After each epoch validate, keep the checkpoint if it is the best, and
     extend the record; from time to time write the state to resume from.
 
-    contents: of a checkpoint, beside classifier and epoch.
+    contents: of a checkpoint, beside classifier and epoch. scalars: TensorBoard's SummaryWriter, gets the metrics, too.
     """
-    record = training.record
+    record, classifier = training.record, trainer.classifier
     config, curves, final = record["config"], record["epoch_metrics"], record["final_metrics"]
     epochs = config["num_epochs"]
     if training.states:
         trainer.load_state_dict(training.states)
     state_written = time.perf_counter()
     for epoch in range(len(curves["train_loss"]) + 1, epochs + 1):
-        started, now = time.perf_counter(), f"epoch {epoch}/{epochs}"
-        train_loss = train_one_epoch(trainer, loaders["train"], epoch, config["random_seed"], now)
-        distributed.synchronise_buffers(trainer.classifier)
-        validation = evaluate(trainer.classifier, loaders["validation"], f"{now}, validating")
-        scores = validation.scores()
-        results = {"train_loss": train_loss, "val_loss": validation.loss}
-        results |= {f"val_{name}": score for name, score in scores.items()}
-        best = is_best(scores["f1"], validation.loss, curves)
+        if config["patience"] and epoch - 1 - final.get("best_epoch", 0) >= config["patience"]:
+            print(f"stopped: no better epoch since {final['best_epoch']}")
+            break
+        started = time.perf_counter()
+        metrics, validation = train_and_validate(trainer, loaders, epoch, config)
+        best = is_best(metrics["val_f1"], metrics["val_loss"], curves)
+        if best:
+            classifier.calibration_temperature.fill_(fit_temperature(validation.logits, validation.targets))
         if best and distributed.rank() == 0:  # before the record says so: Ctrl-C may come at any moment
             with write_atomically(paths.checkpoint) as temporary:
-                save_checkpoint(temporary, trainer.classifier, epoch=epoch, **contents)
+                save_checkpoint(temporary, classifier, epoch=epoch, **contents)
+        metrics["seconds"] = round(time.perf_counter() - started, 3)
         for name, curve in curves.items():
-            curve.append(results[name])
+            curve.append(metrics[name])
         if best:
             final["best_epoch"] = epoch
-        elapsed = time.perf_counter() - started
-        record["total_training_time_seconds"] = round(record["total_training_time_seconds"] + elapsed, 1)
+        record["total_training_time_seconds"] = round(record["total_training_time_seconds"] + metrics["seconds"], 1)
         if epoch < epochs and distributed.rank() == 0:
             training.snapshot(trainer.state_dict())
             if time.perf_counter() - state_written >= STATE_INTERVAL:
                 training.save(paths.state)
                 state_written = time.perf_counter()
-        print(
-            f"{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {validation.loss:6.3f}  "
-            f"accuracy {scores['accuracy']:.3f}  precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  "
-            f"F1 {scores['f1']:.3f}{'*' if best else ' '}  {elapsed:5.1f} s",
-            flush=True,
-        )
+        if scalars:
+            for name in curves:
+                scalars.add_scalar(name, metrics[name], epoch)
+        print(EPOCH_LINE.format(epoch=epoch, epochs=epochs, mark="*" if best else " ", **metrics), flush=True)
 
 
 def is_best(f1: float, loss: float, curves: dict[str, list[float]]) -> bool:
@@ -153,65 +172,13 @@ def is_best(f1: float, loss: float, curves: dict[str, list[float]]) -> bool:
 # A run
 
 
-def begin(
-    args: argparse.Namespace, training_id: str, classifier: Classifier, prepared: PreparedStars,
-    splits: dict[str, np.ndarray], unused_stars: dict[str, Any],
-) -> Training:  # fmt: skip
-    """A new run. Its record holds all options and the values derived from them."""
-    recipe, options = args.recipe, history.plain_options(args)
-    held_out = np.concatenate([splits["validation"], splits["test"]])
-    device = next(classifier.parameters()).device
-    config = {
-        "training_id": training_id,
-        "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
-        **{name: value for name, value in options.items() if not name.startswith("recipe")},
-        "recipe": args.recipe_name,
-        **asdict(recipe),
-        "device": describe_device(device),
-        "precision": classifier.precision,
-        "spec_length": SPECTRUM_LENGTH,
-        "image_size": IMAGE_SIZE,
-        "num_classes": len(CLASS_NAMES),
-        "class_names": list(CLASS_NAMES),
-        "model_architecture": f"FusionModel({recipe.modality}"
-        + (")" if recipe.modality == "spectrum" else f", {recipe.image_backbone})"),
-        "optimizer": f"AdamW, weight decay {recipe.weight_decay}, {recipe.warmup_epochs:g} epochs of warm-up, cosine, "
-        f"gradients clipped at {recipe.max_gradient_norm:g}",
-        "processes": distributed.world_size(),
-        "csv_file": str(catalog_path(args.data_dir)),
-        "image_dir": str(args.data_dir / "images"),
-        "spectra_dir": str(args.data_dir / "spectra"),
-        "stars": describe(prepared.stars),
-        "held_out_stars": history.fingerprint([prepared.stars[i] for i in held_out]),
-        "simulated_stars": sum(star.simulated for star in prepared.stars),
-        "stars_by_class_and_split": {
-            part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
-            for part, indices in splits.items()
-        },
-        **unused_stars,
-        "versions": history.library_versions(),
-        "git_commit": history.git_commit(),
-    }
-    record = {
-        "config": config,
-        "epoch_metrics": {name: [] for name in history.EPOCH_METRICS},
-        "final_metrics": {},
-        "total_training_time_seconds": 0.0,
-    }
-    return Training(options, identify(prepared), record)
-
-
-def identify(prepared: PreparedStars) -> list[str]:
-    """The stars as text; a resumed run must find the same."""
-    return [repr(star) for star in prepared.stars]
-
-
 def train(
-    args: argparse.Namespace, prepared: PreparedStars, unused_stars: dict[str, Any], unfinished: Training | None = None
-) -> dict:
+    args: argparse.Namespace, prepared: PreparedStars, unused_stars: dict[str, Any], unfinished: Training | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> dict:  # fmt: skip
     """A whole run on those stars, or the rest of an unfinished one: split, train; then evaluate the best checkpoint,
-    record, plot. Returns the record."""
-    trainer, loaders, splits = set_up(args, prepared)
+    record, plot. Returns the record. weights: of a checkpoint, to begin with."""
+    trainer, loaders, splits = set_up(args, prepared, weights)
     classifier = trainer.classifier
     contents = {
         # Whole stars, not rows: --evaluate must know them also in another catalogue, or after a change of this one.
@@ -223,7 +190,7 @@ def train(
     # Of several processes, the first alone writes files, and has an ID to name them by.
     claim = history.claim_training_id(args.output_dir, resumed_id) if first else contextlib.nullcontext("")
     with claim as training_id:
-        training = unfinished or begin(args, training_id, classifier, prepared, splits, unused_stars)
+        training = unfinished or history.begin(args, training_id, classifier, prepared, splits, unused_stars)
         record, config = training.record, training.record["config"]
         print(f"\n{config['model_architecture']}, {sum(p.numel() for p in classifier.parameters()) / 1e6:.1f} M "
               f"parameters, on {config['device']} in {config['precision']}; {config['stars']}: {len(splits['train'])} "
@@ -231,8 +198,10 @@ def train(
         paths, stopped = history.run_paths(args.output_dir, training_id), None
         if unfinished and first:
             paths.remove_leftovers()
+        writer = open_tensorboard(paths, record) if args.tensorboard and first else contextlib.nullcontext()
         try:
-            fit(trainer, loaders, training, paths, contents | {"config": config})
+            with writer as scalars:
+                fit(trainer, loaders, training, paths, contents | {"config": config}, scalars)
         except (KeyboardInterrupt, DataError, OSError) as reason:
             stopped = reason
         distributed.leave()
@@ -254,21 +223,30 @@ def train(
 
 
 def set_up(
-    args: argparse.Namespace, prepared: PreparedStars
+    args: argparse.Namespace, prepared: PreparedStars, weights: dict[str, Tensor] | None = None
 ) -> tuple[Trainer, dict[str, StarLoader], dict[str, np.ndarray]]:
-    """A run's trainer; its loaders and the indices of its stars, by part of the split."""
+    """A run's trainer; its loaders and the indices of its stars, by part of the split. weights: see make_classifier."""
     device, recipe = choose_device(args.device), args.recipe
     torch.manual_seed(args.random_seed)
-    splits = split_stars(prepared, args.validation_split, args.test_split, args.random_seed)
-    classifier = make_classifier(recipe, choose_precision(args.precision, device), prepared, splits["train"])
+    splits = split_stars(
+        prepared, args.validation_split, args.test_split, args.random_seed, all_classes=not args.initial_checkpoint
+    )
+    classifier = make_classifier(recipe, choose_precision(args.precision, device), prepared, splits["train"], weights)
     loaders = {part: StarLoader(prepared, indices, device) for part, indices in splits.items()}
     steps_per_epoch = loaders["train"].num_batches(recipe.batch_size)
     return Trainer(classifier.to(device), recipe.num_epochs, steps_per_epoch), loaders, splits
 
 
-def make_classifier(recipe: Recipe, precision: str, prepared: PreparedStars, training_rows: np.ndarray) -> Classifier:
-    """A classifier before training: initial weights, and the standardisation of the training stars."""
+def make_classifier(
+    recipe: Recipe, precision: str, prepared: PreparedStars, training_rows: np.ndarray,
+    weights: dict[str, Tensor] | None = None,
+) -> Classifier:  # fmt: skip
+    """A classifier before training, with the standardisation of the training stars; or with weights and
+    standardisation of another one."""
     classifier = Classifier(recipe, precision)
+    if weights:
+        classifier.load_state_dict(weights)
+        return classifier
     if recipe.modality != "spectrum" and recipe.image_weights != "none":
         load_image_weights(classifier.network.image_encoder, recipe.image_backbone, recipe.image_weights)
     if recipe.modality != "image":
@@ -277,32 +255,44 @@ def make_classifier(recipe: Recipe, precision: str, prepared: PreparedStars, tra
     return classifier
 
 
+def open_tensorboard(paths: Paths, record: dict) -> Any:
+    """A SummaryWriter; of a resumed run, epochs that are done again replace those written before."""
+    from torch.utils.tensorboard import SummaryWriter  # here: it is optional
+
+    return SummaryWriter(paths.tensorboard, purge_step=len(record["epoch_metrics"]["train_loss"]) + 1)
+
+
 def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths) -> None:
     """Evaluate the best checkpoint, put the run into the history, draw its plots."""
     best, checkpoint = load_checkpoint(paths.checkpoint, loaders["validation"].device)
-    final, config = record["final_metrics"], record["config"]
+    final, config, curves = record["final_metrics"], record["config"], record["epoch_metrics"]
+    temperature, last_epoch = best.calibration_temperature.item(), len(curves["val_loss"])
     final["best_epoch"] = checkpoint["epoch"]
-    if checkpoint["epoch"] > len(record["epoch_metrics"]["train_loss"]):
+    if checkpoint["epoch"] > last_epoch:
         return  # a resumed run, stopped before it was where it had been stopped before: its earlier record stays
+    final |= {"last_epoch": last_epoch, "calibration_temperature": temperature}
+    final |= {f"last_{name}": curve[-1] for name, curve in curves.items() if name.startswith("val_")}
     stars = {part: f"{len(loader)} {part} stars of {config['stars']}" for part, loader in loaders.items()}
     evaluations = {part: evaluate(best, loaders[part]) for part in PARTS if len(loaders[part])}
     for part, evaluation in evaluations.items():
         key = "val" if part == "validation" else part
-        final |= evaluation.final_metrics(key, f"{stars[part]}, {PARTS[part]}")
+        final |= evaluation.final_metrics(key, f"{stars[part]}, {PARTS[part]}", temperature)
         report = evaluation.report()
         record["classification_report" if part == "validation" else "test_classification_report"] = report
         print(f"\nbest checkpoint (epoch {final['best_epoch']}) on {stars[part]} ({PARTS[part]}):\n\n{report}")
         print_scores(evaluation.scores(), final[f"final_{key}_intervals_95"])
+        print_calibration(evaluation, temperature)
 
     # The record first: it must not be lost if a plot cannot be drawn.
     history.put_into_history(paths.history, record)
     history.plot_training(paths.training_plot, record)
     for part, evaluation in evaluations.items():
-        path = paths.confusion_matrix[part]
-        history.plot_confusion_matrix(path, evaluation.targets, evaluation.predictions, stars[part])
+        history.plot_confusion_matrix(paths.confusion_matrix[part], evaluation, stars[part])
+    part, evaluation = list(evaluations.items())[-1]  # the test stars, if there are some
+    history.plot_reliability(paths.reliability, evaluation, temperature, f"{stars[part]}\n({PARTS[part]})")
     print(f"\ntrained in {record['total_training_time_seconds']:.0f} s. Open these:")
     plots = [paths.confusion_matrix[part] for part in evaluations]
-    for file in (paths.history, paths.training_plot, *plots, paths.checkpoint):
+    for file in (paths.history, paths.training_plot, *plots, paths.reliability, paths.checkpoint):
         print(f"  {file}")
 
 
@@ -310,14 +300,12 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """--evaluate: score a checkpoint on its validation or test stars, or on a directory new to it."""
     classifier, checkpoint = load_checkpoint(args.evaluate, choose_device(args.device))
     config = checkpoint["config"]
-    parts = {part: [Star(*row) for row in rows] for part, rows in checkpoint["splits"].items()}
     prepared, _ = read_stars(args.data_dir, classifier.recipe.modality, args.num_workers)
     if args.split == "all":
         indices = np.arange(len(prepared.stars))
-        if seen := count_known(prepared.stars, parts["train"] + parts["validation"]):
-            print(f"note: {seen} of these stars were used for training or checkpoint selection: optimistic")
+        note_known_stars(prepared.stars, args.evaluate, checkpoint)
     else:
-        wanted = {star.spectrum_id for star in parts[args.split]}
+        wanted = {Star(*row).spectrum_id for row in checkpoint["splits"][args.split]}
         if not wanted:
             raise DataError(f"{args.evaluate}: its run held out no {args.split} stars (train.py --test-split 0.1 does)")
         indices = np.flatnonzero([star.spectrum_id in wanted for star in prepared.stars])
@@ -329,10 +317,34 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     loader = StarLoader(prepared, indices, next(classifier.parameters()).device)
     evaluation = evaluate(classifier, loader)
     print(f"\n{args.evaluate}, epoch {checkpoint['epoch']}, on {describe([prepared.stars[i] for i in indices])}")
-    print(f"({args.split}; trained on {len(parts['train'])} of {config['stars']})\n")
+    print(f"({args.split}; trained on {len(checkpoint['splits']['train'])} of {config['stars']})\n")
     print(evaluation.report())
     print_scores(evaluation.scores(), evaluation.intervals())
-    print(f"loss {evaluation.loss:.3f}")
+    print_calibration(evaluation, classifier.calibration_temperature.item())
+    print(f"loss {sum(evaluation.losses):.3f}")
+
+
+def note_known_stars(stars: list[Star], path: Path, checkpoint: dict[str, Any]) -> None:
+    known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
+    if seen := count_known(stars, known):
+        print(f"note: {seen} of these stars were used for training or checkpoint selection of {path}: optimistic")
+
+
+# Going on from a checkpoint, or with an unfinished run
+
+
+def continue_from(args: argparse.Namespace, classifier: Classifier, checkpoint: dict[str, Any]) -> argparse.Namespace:
+    """The options of a run from --initial-checkpoint: its recipe, with the options on the command line in place.
+
+    Raises DataError for an option that does not fit the checkpoint's network or preparation.
+    """
+    own = asdict(classifier.recipe)
+    given = {name: getattr(args, name) for name in own.keys() & args.given.keys()}
+    for name in FIXED:
+        if given.get(name, own[name]) != own[name]:
+            raise DataError(f"{args.initial_checkpoint}: its {name} is {own[name]}; go on without {args.given[name]}")
+    options = {"recipe": replace(classifier.recipe, **given), "recipe_name": checkpoint["config"]["recipe"]}
+    return argparse.Namespace(**vars(args) | options)
 
 
 def differing_options(args: argparse.Namespace, unfinished: Training) -> list[str]:
@@ -388,7 +400,7 @@ def make_demo_stars(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    unfinished = None
+    unfinished = checkpoint = weights = None
     with (
         distributed.process_group(),
         quietly(args.quiet or distributed.rank() > 0),
@@ -401,13 +413,22 @@ def main(args: argparse.Namespace) -> None:
             make_demo_stars(args)
         if args.resume:
             args, unfinished = resume(args)
+        if unfinished:
+            weights = unfinished.states["classifier"]
+        elif args.initial_checkpoint:
+            classifier, checkpoint = load_checkpoint(args.initial_checkpoint)
+            args, weights = continue_from(args, classifier, checkpoint), classifier.state_dict()
+        if args.tensorboard and not find_spec("tensorboard"):
+            raise DataError("--tensorboard: TensorBoard is not installed; pip install tensorboard")
         prepared, unused_stars = read_stars(args.data_dir, args.recipe.modality, args.num_workers)
-        if unfinished and identify(prepared) != unfinished.stars:
+        if checkpoint:
+            note_known_stars(prepared.stars, args.initial_checkpoint, checkpoint)
+        if unfinished and history.identify(prepared) != unfinished.stars:
             raise DataError(
                 f"{args.data_dir}: its stars are no longer the {unfinished.record['config']['stars']} that the run "
                 "began with; only with these can it go on"
             )
-        train(args, prepared, unused_stars, unfinished)
+        train(args, prepared, unused_stars, unfinished, weights)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.N
         parser.error(f"--evaluate does not use {args.given[min(ignored)]}")
     if "split" in args.given and not args.evaluate:
         parser.error("--split chooses the stars of --evaluate")
+    if args.initial_checkpoint and "recipe" in args.given:
+        parser.error("--initial-checkpoint has its own recipe; change single options of it")
     if args.demo and args.resume:
         parser.error("--demo starts a run; --resume goes on with one: --output-dir demo")
     if args.validation_split + args.test_split >= 1:
@@ -54,6 +56,11 @@ def make_parser(docstring: str) -> ScriptParser:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
     add("--num-workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that decode the stars' files")  # fmt: skip
+    add("--patience", type=number(int, 1, 10**6), metavar="N",
+        help="stop after N epochs without a new best one, by validation F1")  # fmt: skip
+    add("--initial-checkpoint", type=Path, metavar="CHECKPOINT", help="begin with the weights, the standardisation and "
+        "the recipe of this checkpoint; classes without stars are allowed")  # fmt: skip
+    add("--tensorboard", action="store_true", help="write the curves to tensorboard/ID in --output-dir, too")
     add("--resume", metavar="{auto,FILE}", help="resume an unfinished run from checkpoints/last_state_ID.pth; auto: "
         "the newest one with these options in --output-dir, or a new run if there is none")  # fmt: skip
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")

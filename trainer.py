@@ -25,15 +25,15 @@ NOT_DECAYED = ("cls_token", "position_embedding", "token_type_embedding.weight")
 class Trainer:
     """A classifier in training, with its optimizer and schedule.
 
-    step(batch): learns from a Batch on the classifier's device; returns the loss, a tensor there that the next call
-        may overwrite. Nothing waits for the device.
+    step(batch): learns from a Batch on the classifier's device; returns both terms of its loss, a tensor (2,) there
+        that the next call may overwrite. Nothing waits for the device.
     """
 
     def __init__(self, classifier: Classifier, epochs: int, steps_per_epoch: int) -> None:
         self.recipe = recipe = classifier.recipe
         self.classifier = distributed.synchronise_batch_norms(classifier)
         spec_encoder = classifier.network.spec_encoder
-        if spec_encoder is not None and (recipe.modality != "fusion" or recipe.sic_weight == 0):
+        if spec_encoder is not None and not classifier.is_contrastive:
             # Only the contrastive loss uses this layer. DDP needs a gradient for every trainable parameter.
             spec_encoder.fc.requires_grad_(False)
         self.ddp_model = distributed.wrap_ddp(self.classifier)
@@ -46,23 +46,28 @@ class Trainer:
         self._learn = CapturedStep(self._plain_step) if one_gpu else self._plain_step
 
     def step(self, batch: Batch) -> Tensor:
-        loss = self._learn(batch)
+        losses = self._learn(batch)
         self.scheduler.step()
-        return loss
+        return losses
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def _plain_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(augment(batch, self.recipe))
+        losses = self._losses(augment(batch, self.recipe))
         # Every process computes the loss of the whole batch, but back-propagates only through its own stars. The
         # gradients must be summed; DDP averages them.
-        (loss * distributed.world_size()).backward()
+        (losses.sum() * distributed.world_size()).backward()
         self._update()
-        return loss.detach()
+        return losses.detach()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """The loss of the batch of all processes."""
+    def _losses(self, batch: Batch) -> Tensor:
+        """Of the batch of all processes."""
         outputs = (*self.ddp_model(batch), batch.targets)
-        return self.classifier.loss(*(None if part is None else distributed.gather_stars(part) for part in outputs))
+        return self.classifier.losses(*(None if part is None else distributed.gather_stars(part) for part in outputs))
 
     def _update(self) -> None:
         nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.max_gradient_norm)
@@ -96,20 +101,20 @@ class CapturedStep:
             # torch.cuda.graph asks for steps on a stream of their own before the capture.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                loss = self.step(batch)
+                losses = self.step(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return loss
+            return losses
         if self.graph is None:
             self.batch = Batch(*(None if part is None else part.clone() for part in batch))
             self.graph = torch.cuda.CUDAGraph()
             # The thread that reads the next batch may use the GPU meanwhile.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.loss = self.step(self.batch)
+                self.losses = self.step(self.batch)
         for own, part in zip(self.batch, batch, strict=True):
             if part is not None:
                 own.copy_(part)
         self.graph.replay()
-        return self.loss
+        return self.losses
 
 
 def make_optimizer(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

@@ -40,14 +40,15 @@ import classical
 from accuracy_report import f1_by_snr, report
 from template_stars import simulate_from_templates
 
+import history
 import train
 from cache import INPUTS, PreparedStars, read_stars
+from catalog import CLASS_NAMES
 from checkpoint import load_checkpoint
 from cli import DataError, ScriptParser, number_between, quietly, run_as_script
 from dataset import StarLoader, random_stream, split_stars
 from device import describe_device
 from evaluation import Evaluation, evaluate
-from history import run_paths
 from recipe import IMPROVED, PAPER, RECIPES, Recipe, add_recipe_options, option_name
 from simulate_sdss_data import simulate
 from train_options import parse_arguments as parse_training_options
@@ -164,7 +165,8 @@ def perform(run: Run, directory: Path, templates_dir: Path | None) -> Run:
             rows = split_stars(training, VALIDATION_SPLIT, 0.0, run["seed"])["train"]
             training_stars, test_stars = map(classical.observed_stars, paths)
             method = classical.methods(run["seed"], templates_dir)[run["row"]]
-            evaluation = Evaluation(float("nan"), test_stars.targets, method(training_stars[rows], test_stars))
+            predictions = method(training_stars[rows], test_stars)
+            evaluation = Evaluation(test_stars.targets, np.eye(len(CLASS_NAMES))[predictions])
             others = {"device": "cpu"}
     scores = {name: round(value, 4) for name, value in evaluation.scores().items()}
     seconds = round(time.perf_counter() - started, 1)
@@ -184,8 +186,8 @@ def train_network(
     device = trainer.device
     test_loader = StarLoader(test, np.arange(len(test.stars)), device)
     with tempfile.TemporaryDirectory(dir=directory) as output_dir:
-        paths = run_paths(Path(output_dir), "run")
-        unfinished = train.begin(options, "run", trainer.classifier, training, splits, {})
+        paths = history.run_paths(Path(output_dir), "run")
+        unfinished = history.begin(options, "run", trainer.classifier, training, splits, {})
         record = unfinished.record
         train.fit(trainer, loaders, unfinished, paths, {"config": record["config"], "splits": {}, "references": {}})
         best = evaluate(load_checkpoint(paths.checkpoint, device)[0], test_loader)

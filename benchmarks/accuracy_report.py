@@ -25,7 +25,7 @@ def f1_by_snr(evaluation: Evaluation, spectra: Tensor) -> list[tuple[int, float]
     bins = np.digitize((flux * ivar.sqrt()).median(dim=1).values, SNR_LIMITS)
     results = []
     for k in range(len(SNR_BINS)):
-        some = Evaluation(float("nan"), evaluation.targets[bins == k], evaluation.predictions[bins == k])
+        some = Evaluation(evaluation.targets[bins == k], evaluation.logits[bins == k])
         count = len(some.targets)
         results.append((count, round(some.scores()["f1"], 4) if count else 0.0))
     return results

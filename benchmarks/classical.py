@@ -6,6 +6,7 @@ predictions = methods(seed=1)["random forest"](training, test)        # (N,) cla
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +25,14 @@ from template_stars import read_templates
 
 from cache import read_stars
 from catalog import CLASS_NAMES
-from mdwarf import air_to_vacuum
+from indices import BANDS, measure_indices
 from preparation import WAVELENGTH
 from star_files import catalog_path
 
 # Files of mean spectra in a --templates-dir; see template_stars.py.
 TEMPLATES = {"kesseli": "sdss_m_templates.npz", "bochanski": "bochanski_m_templates.npz"}
 
-# Mean flux of a band over that of 7042–7046 Å: Reid, Hawley & Gizis 1995 (AJ 110, 1838), as in Lépine et al. 2007
-# (ApJ 669, 1235). Å, air.
-INDEX_BANDS = {"TiO5": (7126, 7135), "CaH2": (6814, 6846), "CaH3": (6960, 6990)}
-INDEX_CONTINUUM = (7042, 7046)
-MAX_INDEX = 2.0  # the continuum is three pixels wide: of a faint star it may be zero
+MAX_INDEX = 2.0  # the indices' continuum is three pixels wide: of a faint star it may be near zero
 
 
 class ObservedStars(NamedTuple):
@@ -77,14 +74,9 @@ def band_means(stars: ObservedStars) -> np.ndarray:
 
 
 def spectral_indices(stars: ObservedStars) -> np.ndarray:
-    """(N, 3): TiO5, CaH2 and CaH3."""
-
-    def mean_flux(band: tuple[float, float]) -> np.ndarray:
-        low, high = air_to_vacuum(np.array(band))
-        return flux(stars)[:, (low <= WAVELENGTH) & (high >= WAVELENGTH)].mean(axis=1)
-
-    continuum = np.maximum(mean_flux(INDEX_CONTINUUM), 1e-6)
-    return np.stack([np.clip(mean_flux(band) / continuum, 0, MAX_INDEX) for band in INDEX_BANDS.values()], axis=1)
+    """(N, 3): TiO5, CaH2 and CaH3; 1, no absorption, where one cannot be measured."""
+    measured = np.array([itemgetter(*BANDS)(measure_indices(star)) for star in stars.spectra])
+    return np.clip(np.nan_to_num(measured, nan=1.0), 0, MAX_INDEX)
 
 
 def colours(stars: ObservedStars) -> np.ndarray:

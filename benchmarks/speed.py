@@ -105,12 +105,12 @@ class HalfWeightsTrainer(Trainer):
         self.halves = {name: weight.detach().bfloat16().requires_grad_() for name, weight in self.weights.items()}
         self.ddp_model = lambda batch: torch.func.functional_call(classifier, self.halves, (batch,))
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _losses(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad():
             torch._foreach_copy_(list(self.halves.values()), list(self.weights.values()))
         for half in self.halves.values():
             half.grad = None
-        return super()._loss(batch)
+        return super()._losses(batch)
 
     def _update(self) -> None:
         used = [name for name, half in self.halves.items() if half.grad is not None]

@@ -1,12 +1,13 @@
 """Simulate stars from the mean SDSS spectra of real M dwarfs: a test set of other making than the simulator's.
 
     python benchmarks/template_stars.py DIR --templates TEMPLATES.npz --per-class 80 --seed 5
-    python benchmarks/accuracy.py --data-dir DIR --test-dir OTHER_DIR --output-dir again
+    python predict.py CHECKPOINT --data-dir DIR
 
-Neither the spectra nor the noise are those of simulate_sdss_data.py. A star lies anywhere between the templates,
-in subclass (up to half-way to the next class; the first half of M0 is extrapolated) and in metallicity. Reddening,
-velocity and a wavy flux calibration are drawn as well. The noise has long tails and, as after resampling, is
-correlated between neighbouring pixels. Image, magnitudes, and S/N for a magnitude are as the simulator draws them.
+Neither the spectra nor the noise are those of simulate_sdss_data.py, though its bands are fitted to the class means of
+these templates (docs/simulator.md). A star lies anywhere between the templates, in subclass (up to half-way to the next
+class; the first half of M0 is extrapolated) and in metallicity. Reddening, velocity and a wavy flux calibration are
+drawn as well. The noise has long tails and, as after resampling, is correlated between neighbouring pixels. Image,
+magnitudes, and S/N for a magnitude are as the simulator draws them.
 
 TEMPLATES.npz, which is not part of this repository, holds `loglam`, log10 of the vacuum wavelength in Å in steps
 of 1e-4, and on it the spectra of Kesseli et al. 2017 (ApJS 230, 16), `M{subclass}_{[Fe/H]}_flux` of M0 to M5 and

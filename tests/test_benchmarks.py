@@ -11,13 +11,10 @@ import pytest
 import torch
 from common import SHARED_DATA, run_script
 
-from catalog import Star
 from cli import DataError
 from evaluation import Evaluation
-from preparation import prepare_spectrum
 from recipe import IMPROVED, PAPER
 from simulate_sdss_data import simulate
-from survey_files import read_spectrum
 
 
 def spectra_alone(flux: np.ndarray, ivar: np.ndarray) -> classical.ObservedStars:
@@ -49,30 +46,19 @@ def test_template_fit_leaves_bad_pixels_out_and_the_amplitude_free():
     assert fit.predict(np.stack([flux, ivar], axis=1)).tolist() == [4, 2]
 
 
-def test_spectral_indices_are_those_that_the_hammer_measured():
-    directory = SHARED_DATA / "hammer"
-    if not directory.exists():
-        pytest.skip("measured spectra are not part of the project")
-    for _, row in pd.read_csv(directory / "hammer_results.csv").iterrows():
-        mjd, plate, fiber = map(int, row.file.removeprefix("spSpec-").removesuffix(".fit").split("-"))
-        spectrum = prepare_spectrum(read_spectrum(directory / row.file, Star("", "", plate, mjd, fiber)))
-        indices = classical.spectral_indices(spectra_alone(spectrum[:1], spectrum[1:]))[0]
-        errors = indices - [row.Tio5, row.CaH2, row.CaH3]
-        assert np.all(np.abs(errors) < [0.6 * row.Tio5err, 0.001, 0.001]), row.file
+def test_spectral_indices_are_finite_where_bands_are_bad():
+    flux, ivar = np.ones((2, 3522)), np.ones((2, 3522))
+    flux[1], ivar[0] = -1, 0
+    assert classical.spectral_indices(spectra_alone(flux, ivar)).tolist() == [[1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("file", classical.TEMPLATES.values())
-def test_spectral_indices_of_published_templates_fall_with_the_subclass(file):
+def test_template_fit_knows_published_templates(file):
     if not (SHARED_DATA / file).exists():
         pytest.skip("published templates are not part of the project")
     templates = classical.class_templates(SHARED_DATA / file)
-    indices = classical.spectral_indices(spectra_alone(templates, np.ones_like(templates)))
-    assert np.all(np.diff(indices, axis=0) < 0)
-    subclass = 8.2 - 10.775 * indices[:, 0]  # Reid, Hawley & Gizis 1995
-    np.testing.assert_allclose(subclass, range(5), atol=1.3)
-    assert classical.TemplateFit(templates).fit(None, None).predict(
-        np.stack([templates, np.ones_like(templates)], axis=1)
-    ).tolist() == [0, 1, 2, 3, 4]
+    spectra = np.stack([templates, np.ones_like(templates)], axis=1)
+    assert classical.TemplateFit(templates).fit(None, None).predict(spectra).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_differences_are_paired_and_their_error_is_that_over_sets():
@@ -88,7 +74,7 @@ def test_differences_are_paired_and_their_error_is_that_over_sets():
 
 def test_f1_by_snr_counts_every_star_once(observed):
     _, stars = observed
-    perfect = Evaluation(0.0, stars.targets, stars.targets)
+    perfect = Evaluation(stars.targets, np.eye(5)[stars.targets])
     by_snr = accuracy_report.f1_by_snr(perfect, torch.from_numpy(stars.spectra))
     assert sum(count for count, _ in by_snr) == len(stars.targets)
     assert by_snr[0] == (0, 0.0) and by_snr[-1][0] > 0 and by_snr[-1][1] == 1.0

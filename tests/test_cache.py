@@ -119,9 +119,9 @@ def test_position_and_simulation_are_the_files_where_the_catalogue_is_silent(sta
         hdus[0].header.update(PLUG_RA=12.5, PLUG_DEC=-3.25)
         del hdus[0].header["SIMULATD"]
     for modality in ("spectrum", "image"):
-        assert read(stars_dir, modality).stars[0][5:] == (12.5, -3.25, True)  # the cutout says that it is simulated
+        assert read(stars_dir, modality).stars[0][5:8] == (12.5, -3.25, True)  # the cutout says that it is simulated
     cutout_path(stars_dir, first).unlink()
-    assert read(stars_dir, "spectrum").stars[0][5:] == (12.5, -3.25, False)
+    assert read(stars_dir, "spectrum").stars[0][5:8] == (12.5, -3.25, False)
 
 
 # Files that change

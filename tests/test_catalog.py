@@ -81,6 +81,11 @@ READ: dict[str, tuple[str | bytes, list[tuple]]] = {
                       [("2MASS J04251456-0637168 (B)", "M0", 300, 52000, 8, 150.0, 1.0)]),
     "a designation in brackets": (one_row(name="[KHM2004] 12"), [("[KHM2004] 12", "M0", 300, 52000, 8, 150.0, 1.0)]),
     "accents, decomposed": (one_row(name="e\u0301toile"), [("étoile", "M0", 300, 52000, 8, 150.0, 1.0)]),
+    "files": ("file,subclass,mjd,fiberID,ra,dec\nspec-1-B2_sp03-004.fits.gz,M2,1,B,1,2\n./night 1/a.FIT,M1,,,,\n",
+              [("spec-1-B2_sp03-004", "M2", 0, 0, 0, 1.0, 2.0, False, "spec-1-B2_sp03-004.fits.gz"),
+               ("a", "M1", 0, 0, 0, nan, nan, False, "night 1/a.FIT")]),
+    "a file of one star": ("name,subclass,plate,mjd,fiberID,file\na,M0,300,52000,7,\nb,M1,,,,spec.fits\n",
+                           [("a", "M0", 300, 52000, 7), ("b", "M1", 0, 0, 0, nan, nan, False, "spec.fits")]),
     "one name, one place": (f"{HEADER},ra,dec\na,M0,300,52000,7,150,1\na,M0,301,52000,7,150.0001,1\n",
                             [("a", "M0", 300, 52000, 7, 150.0, 1.0), ("a", "M0", 301, 52000, 7, 150.0001, 1.0)]),
     "a class of BOSS": (one_row(subclass="M1 (204445)"), [("b", "M1", 300, 52000, 8, 150.0, 1.0)]),
@@ -142,6 +147,11 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
                              "line 2 and line 4 are both named 0, but lie 0.5° apart"),
     "two classes of one spectrum": (f"{HEADER}\na,M0,300,52000,7\nb,M3,300,52000,7\n",
                                     "line 3: spectrum 0300-52000-0007 is M3 here and M0 further up"),
+    "a row without file": ("name,subclass,file\na,M0,a.fits\nb,M0,\n", "line 3, column plate: '' is not a whole"),
+    "a file of no name": ("file,subclass\n$HOME,M0\n", "line 2, column name: '$HOME' cannot name a file"),
+    **{f"as a file: {file!r}": (f"file,subclass\n{file},M0\n", "line 2, column file: ") for file in
+       ("../a.fits", "/etc/a.fits", "night/../../a.fits", "a\x1b.fits")},
+    "one file, two classes": ("file,subclass\na.fits,M0\n./a.fits,M1\n", "line 3: spectrum a.fits is M1 here and M0"),
     "a class with a path": (one_row(subclass="../M0"), "no star of class"),
     "a name too long": (one_row(name="x" * 101), "at most 100 bytes"),
     "a name of long letters": (one_row(name="星" * 40), "at most 100 bytes"),
@@ -167,7 +177,7 @@ def test_an_absent_catalogue_is_named(tmp_path):
 
 
 def test_other_classes_and_repeated_rows_are_left_out_and_counted(tmp_path):
-    classes = ["M5", "K7", "M4.5:III (123657)", "M0III (168720)", "Carbon", "m0", "", "M1 (204445)", "M0"]
+    classes = ["M5", "K7", "M4.5:III (123657)", "M0III (168720)", "gM0", "sdM1", "", "M1 (204445)", "dM0"]
     rows = [f"star {i},{subclass},300,52000,{i + 1}" for i, subclass in enumerate(classes)]
     text = "\n".join([HEADER, *rows, rows[-1], "a row without identifiers,K7,,,"])
     stars, left_out = read(tmp_path, text)
@@ -294,6 +304,7 @@ STARS = st.builds(
     ra=st.floats(0, 360),
     dec=st.floats(-90, 90),
     simulated=st.booleans(),
+    file=st.just(""),
 )
 
 

@@ -35,11 +35,14 @@ def test_a_checkpoint_gives_the_same_logits_again(tmp_path, recipe):
     prepared, recipe = random_stars(1), replace(recipe, image_backbone="resnet18", num_layers=1)
     classifier = Classifier(recipe, "bf16")
     classifier.standardise.fit(prepared.spectra)
+    classifier.calibration_temperature.fill_(2.5)
     save_checkpoint(tmp_path / "a.pth", classifier.eval(), **checkpoint_contents())
     again, contents = load_checkpoint(tmp_path / "a.pth")
     batch = Batch(prepared.spectra, prepared.images, prepared.targets)
     with torch.inference_mode():
         assert all(torch.equal(one, other) for one, other in zip(classifier(batch), again(batch), strict=True))
+    logits = torch.randn(3, 5)
+    assert torch.equal(again.probabilities(logits), (logits.double() / 2.5).softmax(dim=1))
     assert again.recipe == recipe and again.precision == "bf16" and not again.training
     assert {name: contents[name] for name in checkpoint_contents()} == checkpoint_contents()
 

@@ -65,6 +65,25 @@ def test_a_part_without_a_class_is_refused():
         split_stars(few, 0.9, 0.0, seed=0)
 
 
+def test_classes_that_are_absent_can_be_allowed(capsys):
+    """One M1, no M3: the others are split as evenly as ever."""
+    prepared = labels_alone(20)
+    rows = np.flatnonzero((prepared.targets != 3).numpy() & ((prepared.targets != 1).numpy() | (np.arange(100) == 20)))
+    few = prepared._replace(stars=[prepared.stars[i] for i in rows], targets=prepared.targets[rows])
+    splits = split_stars(few, 0.2, 0.2, seed=0, all_classes=False)
+    counts = {part: np.bincount(few.targets[indices], minlength=5) for part, indices in splits.items()}
+    assert sum(counts.values()).tolist() == [20, 1, 20, 0, 20]
+    assert all(11 <= count <= 13 for count in counts["train"][[0, 2, 4]])
+    assert all(3 <= count <= 5 for part in ("validation", "test") for count in counts[part][[0, 2, 4]])
+    printed = capsys.readouterr().out
+    for part in splits:
+        assert f"no {'M3' if counts[part][1] else 'M1, M3'} star in the {part} part" in printed
+    with pytest.raises(DataError, match="class M1 has 1 usable"):
+        split_stars(few, 0.2, 0.2, seed=0)
+    with pytest.raises(DataError, match="3 stars cannot be split"):
+        split_stars(few._replace(stars=few.stars[19:22], targets=few.targets[19:22]), 0.2, 0.0, 0, all_classes=False)
+
+
 # Batches
 
 

@@ -259,7 +259,7 @@ def test_files_that_cannot_be_had_are_listed_and_counted(tmp_path, server):
     assert failures(tmp_path) == {
         spectrum_path(tmp_path, gone): "HTTP 404 Not Found (Not Found)",
         spectrum_path(tmp_path, unplaced): "HTTP 404 Not Found (Not Found)",
-        cutout_path(tmp_path, unplaced): "no position: no ra, dec in the catalogue, no PLUG_RA, PLUG_DEC in a spectrum",
+        cutout_path(tmp_path, unplaced): "no position: no ra, dec in the catalogue, none in a spectrum",
         cutout_path(tmp_path, outside): "HTTP 404 Not Found (Sorry RA, dec outside the footprint)",
         cutout_path(tmp_path, black): "a black tile: the star lies outside the imaging footprint, or the server drew "
         "an error",

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss_sic import contrastive_loss, loss_sic
+from loss_sic import contrastive_loss, loss_sic, loss_terms
 
 
 def test_the_loss_is_the_papers_formula():
@@ -17,6 +17,8 @@ def test_the_loss_is_the_papers_formula():
     for weight in (1.0, 0.3, 0.0):
         loss = loss_sic(align, fuse, targets, sic_weight=weight)
         assert loss.item() == pytest.approx((weight * contrast + classes).item(), abs=1e-5)
+        terms = [term.item() for term in loss_terms(align, fuse, targets, sic_weight=weight)]
+        assert terms == pytest.approx([classes.item(), (weight * contrast).item()], abs=1e-5)
     assert loss_sic(align, fuse, targets) == loss_sic(align, fuse, targets, sic_weight=1.0)
     assert loss_sic(None, fuse, targets).item() == pytest.approx(classes.item(), abs=1e-5)
 

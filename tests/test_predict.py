@@ -1,6 +1,7 @@
-"""predict.py on simulated stars whose labels it does not see."""
+"""predict.py on simulated stars whose labels it does not see, and on real spectra where they are at hand."""
 
 import csv
+import gzip
 import os
 import resource
 import shutil
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from astropy.io import fits
-from common import ROOT, run_script
+from astropy.table import QTable
+from common import ROOT, SHARED_DATA, run_script
 from untrained import save_untrained
 
 import predict
@@ -21,8 +23,10 @@ from catalog import CLASS_NAMES, Star, read_catalog
 from checkpoint import load_checkpoint
 from cli import DataError, file_lock
 from dataset import Batch
-from prediction import COLUMNS
+from indices import measure_indices
+from outliers import outlier_score
 from star_files import catalog_path, cutout_path, spectrum_path
+from tables import COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +60,24 @@ def catalog(data_dir: Path) -> list[Star]:
 
 
 def run(checkpoint: Path, data_dir: Path, output: Path, *options: object) -> list[dict[str, str]]:
-    """The rows that predict.py writes, in this process: the start of a new one takes longer than the stars."""
-    words = (checkpoint, "--data-dir", data_dir, "--output", output, "--num-workers", 1, *options)
+    """The rows that predict.py writes for a catalogue's stars."""
+    return run_with(checkpoint, output, "--data-dir", data_dir, *options)
+
+
+def run_with(checkpoint: Path, output: Path, *words: object) -> list[dict[str, str]]:
+    """The same of any words; in this process: the start of a new one takes longer than the stars."""
+    words = (checkpoint, "--output", output, "--num-workers", 1, *words)
     predict.main(predict.parse_arguments([str(word) for word in words]))
     with open(output, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def edited(checkpoint: Path, path: Path, part: str, **values: object) -> Path:
+    """A copy of the checkpoint with other values in one of its parts."""
+    contents = torch.load(checkpoint, weights_only=True)
+    contents[part] |= values
+    torch.save(contents, path)
+    return path
 
 
 @pytest.fixture
@@ -89,22 +106,40 @@ def test_stars_without_label_wherever_their_files_lie(checkpoints, own_dir, tmp_
         rows.append([star.name, star.plate, star.mjd, star.fiberID, *(subclasses[k : k + 1] if subclasses else [])])
     catalog_path(own_dir).write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
 
-    rows = run(checkpoints["fusion"], own_dir, tmp_path / "p.csv")
+    checkpoint = edited(checkpoints["fusion"], tmp_path / "a.pth", "weights", calibration_temperature=torch.tensor(2.0))
+    rows = run(checkpoint, own_dir, tmp_path / "p.csv")
 
     assert [row["name"] for row in rows] == [star.name for star in stars]
-    classifier, _ = load_checkpoint(checkpoints["fusion"])
+    classifier, _ = load_checkpoint(checkpoint)
     with torch.inference_mode():
         logits = classifier(Batch(prepared.spectra[:], prepared.images[:], prepared.targets))[2]
-    for row, probabilities in zip(rows, logits.softmax(dim=1).numpy(), strict=True):
+    for row, probabilities in zip(rows, (logits / 2).softmax(dim=1).numpy(), strict=True):
         found = np.array([float(row[f"p_{name}"]) for name in CLASS_NAMES])
         assert found == pytest.approx(probabilities, abs=2e-5)
         assert row["predicted_subclass"] == CLASS_NAMES[found.argmax()]
         assert float(row["expected_subclass"]) == pytest.approx(found @ np.arange(5), abs=2e-3)
         variance = found @ np.arange(5) ** 2 - (found @ np.arange(5)) ** 2
         assert float(row["expected_subclass_std"]) == pytest.approx(variance**0.5, abs=5e-3)
+        assert row["spectral_type"] == f"M{float(row['expected_subclass']):.1f} ± {variance**0.5:.1f}"
         assert (row["catalog_subclass"], row["problem"], row["simulated"]) == ("", "", "True")
         assert (row["is_outlier"] == "True") == (float(row["outlier_score"]) > 1)
     assert "10 SIMULATED stars, 10 of them classified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("modality", ["spectrum", "image"])
+def test_indices_of_the_spectrum_stand_beside_every_prediction(checkpoints, own_dir, tmp_path, modality):
+    stars, (prepared, _) = catalog(own_dir), read_stars(own_dir, "spectrum", 1)
+    spectrum_path(own_dir, stars[-1]).unlink()  # a network of images classifies this star, without indices
+    rows = run(checkpoints[modality], own_dir, tmp_path / "p.csv")
+    for star, spectrum, row in zip(stars[:-1], prepared.spectra[:], rows, strict=False):
+        with fits.open(spectrum_path(own_dir, star)) as hdus:
+            expected = measure_indices(spectrum.numpy(), float(hdus[2].data["Z"][0]))
+        for name in ("TiO5", "TiO5_err", "CaH2", "CaH3", "zeta", "EW_Halpha", "EW_Halpha_err"):
+            assert float(row[name] or "nan") == pytest.approx(expected[name], abs=1e-4, nan_ok=True), name
+        assert row["metallicity_class"] == expected["metallicity_class"]
+        assert row["is_active"] == ("" if expected["is_active"] is None else str(expected["is_active"]))
+        assert float(row["ra"]) == pytest.approx(star.ra, abs=1e-6) and row["predicted_subclass"]
+    assert rows[-1]["TiO5"] == rows[-1]["is_active"] == "" and bool(rows[-1]["problem"]) == (modality == "spectrum")
 
 
 def test_labels_of_the_catalogue_and_training_stars_are_named(checkpoints, own_dir, tmp_path, capsys):
@@ -140,6 +175,89 @@ def test_a_problem_is_named_in_its_stars_row(checkpoints, own_dir, tmp_path, cap
     with pytest.raises(DataError, match="none of its 10 stars has the files that this network reads, of spectra and i"):
         run(checkpoints["fusion"], own_dir, tmp_path / "none.csv")
     assert not (tmp_path / "none.csv").exists()
+
+
+def test_one_name_on_two_places_is_refused_where_only_the_spectra_tell(checkpoints, own_dir, tmp_path):
+    stars = [star._replace(name="a" * (k < 2) or star.name) for k, star in enumerate(catalog(own_dir))]
+    write_catalog(own_dir, [star._replace(ra="", dec="") for star in stars])
+    message = f"{stars[0].spectrum_id} and {stars[1].spectrum_id} are both named a, but lie "
+    with pytest.raises(DataError, match=message):
+        run(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
+    assert not (tmp_path / "p.csv").exists()
+
+
+# Files without a catalogue
+
+
+def test_spectra_need_no_catalogue(checkpoints, own_dir, tmp_path, classified, capsys):
+    stars = catalog(own_dir)[:3]
+    listed = run(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
+    zipped, text = tmp_path / "a.FITS.gz", tmp_path / "é.fit"
+    zipped.write_bytes(gzip.compress(spectrum_path(own_dir, stars[2]).read_bytes()))
+    text.write_text("wavelength flux\n")
+    files = [*(spectrum_path(own_dir, star) for star in stars[:2]), zipped, text, cutout_path(own_dir, stars[0])]
+    capsys.readouterr()
+    rows = run_with(checkpoints["spectrum"], tmp_path / "p.csv", *files, files[0])  # a file given twice has one row
+
+    assert [row["name"] for row in rows] == [files[0].stem, files[1].stem, "a", "é", files[4].name]
+    identity = ("name", "plate", "mjd", "fiberID", "catalog_subclass")
+    for star, row, expected in zip(stars, rows[:3], listed, strict=False):
+        assert [row[name] for name in identity[1:]] == ["", "", "", star.subclass]  # the class in the file
+        assert {name: row[name] for name in COLUMNS if name not in identity} == {
+            name: expected[name] for name in COLUMNS if name not in identity
+        }
+    for row, path in zip(rows[3:], files[3:], strict=True):
+        assert f"{path}: not a FITS file" in row["problem"] and row["predicted_subclass"] == row["simulated"] * 0
+    printed = capsys.readouterr().out
+    assert "5 stars, 3 of them SIMULATED, 3 of them classified" in printed and "3 of them were used" in printed
+    assert classified[-2:] == [4, 1]
+
+    with pytest.raises(DataError, match="none of its stars could be classified"):
+        run_with(checkpoints["spectrum"], tmp_path / "none.csv", text)
+    assert "not a FITS file" in (tmp_path / "none.csv").read_text() and not list(tmp_path.glob(".*"))
+    with pytest.raises(FileNotFoundError, match="absent.fits"):
+        run_with(checkpoints["spectrum"], tmp_path / "p.csv", tmp_path / "absent.fits")
+    with pytest.raises(SystemExit):
+        run_with(checkpoints["spectrum"], tmp_path / "p.csv", text, "--data-dir", own_dir)
+    assert "FILEs or --data-dir" in capsys.readouterr().err
+
+
+def test_a_network_of_both_inputs_sees_no_image_of_a_file(checkpoints, own_dir, tmp_path, capsys):
+    prepared, _ = read_stars(own_dir, "fusion", 1)
+    files = [spectrum_path(own_dir, star) for star in prepared.stars]
+    rows = run_with(checkpoints["fusion"], tmp_path / "p.csv", *files)
+    assert "warning: this network was not trained to do without images" in capsys.readouterr().out
+    classifier, checkpoint = load_checkpoint(checkpoints["fusion"])
+    hidden = torch.zeros(len(files), dtype=torch.bool)
+    with torch.inference_mode():
+        logits = classifier(Batch(prepared.spectra[:], prepared.images[:], prepared.targets, hidden))[2]
+    found = [[float(row[f"p_{name}"]) for name in CLASS_NAMES] for row in rows]
+    np.testing.assert_allclose(found, logits.softmax(dim=1), atol=2e-5)
+    scores = outlier_score("spectra", prepared.spectra[:], checkpoint["references"]["spectra"])
+    np.testing.assert_allclose([float(row["outlier_score"]) for row in rows], scores, atol=1e-3)
+
+    checkpoint = edited(checkpoints["fusion"], tmp_path / "a.pth", "recipe", image_dropout=0.5)
+    assert run_with(checkpoint, tmp_path / "q.csv", *files) == rows
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(DataError, match="this network classifies images"):
+        run_with(checkpoints["image"], tmp_path / "none.csv", *files)
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "lamost").exists(), reason=f"no real spectra in {SHARED_DATA}")
+def test_real_spectra_of_every_format(checkpoints, tmp_path):
+    files = sorted([*SHARED_DATA.glob("lamost/*.fits"), *SHARED_DATA.glob("spec-*.fits"), *SHARED_DATA.glob("*/*.fit")])
+    rows = run_with(checkpoints["spectrum"], tmp_path / "p.csv", *files)
+    assert len(rows) >= 63 and not any(row["problem"] for row in rows)
+    with open(SHARED_DATA / "lamost" / "lamost_m_stars.csv", newline="") as file:
+        labels = {row["file"].removesuffix(".fits"): row for row in csv.DictReader(file)}
+    found = {row["name"]: row for row in rows}
+    assert {name: found[name]["catalog_subclass"] for name in labels} == {
+        name: label["subclass"] for name, label in labels.items()
+    }
+    for name, label in labels.items():
+        assert float(found[name]["dec"]) == pytest.approx(float(label["dec"]), abs=1e-3)
+    bands = [float(found[name]["TiO5"]) for name in labels if found[name]["TiO5"]]  # two have bad pixels there
+    assert len(bands) == len(labels) - 2 and 0.2 < min(bands) < max(bands) < 1
 
 
 # The table
@@ -213,7 +331,8 @@ def test_processes_share_the_stars_and_one_writes_the_table(checkpoints, own_dir
 
 def test_an_output_that_cannot_be_written_is_found_before_the_first_star(checkpoints, own_dir, tmp_path, classified):
     (tmp_path / "file").touch()
-    for output in (tmp_path / "file" / "p.csv", tmp_path):
+    (tmp_path / "directory.csv").mkdir()
+    for output in (tmp_path / "file" / "p.csv", tmp_path / "directory.csv"):
         with pytest.raises(OSError, match=r"Not a directory|Is a directory"):
             run(checkpoints["spectrum"], own_dir, output)
     folder = tmp_path / ".p.csv.partial"
@@ -226,14 +345,23 @@ def test_an_output_that_cannot_be_written_is_found_before_the_first_star(checkpo
     assert not classified
 
 
-def test_only_an_earlier_output_is_replaced(checkpoints, own_dir, tmp_path):
-    output = tmp_path / "p.csv"
-    assert run(checkpoints["spectrum"], own_dir, output) != run(checkpoints["image"], own_dir, output)
-    assert output.read_text().splitlines()[0] == ",".join(COLUMNS)
-    output.write_text("name,notes\nBarnard,mine\n")
-    with pytest.raises(DataError, match="this script did not write it"):
-        run(checkpoints["spectrum"], own_dir, output)
-    assert output.read_text() == "name,notes\nBarnard,mine\n"
+@pytest.mark.parametrize("ending", [".csv", ".ecsv", ".fits", ".vot"])
+def test_the_ending_of_the_output_is_its_format(checkpoints, own_dir, tmp_path, ending, classified):
+    output, star = tmp_path / f"p{ending}", catalog(own_dir)[0]
+    words = [checkpoints["spectrum"], "--data-dir", own_dir, "--output", output, "--num-workers", 1]
+    for _ in range(2):  # an earlier table is replaced
+        predict.main(predict.parse_arguments([str(word) for word in words]))
+    table = QTable.read(output)
+    assert table.colnames == list(COLUMNS) and len(table) == 10
+    assert [int(table[name][0]) for name in ("plate", "fiberID")] == [star.plate, star.fiberID]
+    assert sum(classified) == 20 and not list(tmp_path.glob(".*"))
+
+
+def test_the_report_counts_active_and_metal_poor_stars(capsys):
+    row = {"predicted_subclass": "M3", "metallicity_class": "dM", "is_active": "True", "problem": "", "is_outlier": ""}
+    rows = [row, row, row | {"metallicity_class": "sdM", "is_active": "False"}, row | {"is_active": ""}]
+    assert predict.report(Path("p.csv"), [Star(str(k), "", 0, 0, 0) for k in range(4)], rows) == 4
+    assert "  M0 0, M1 0, M2 0, M3 4, M4 0\n  active: 2, sdM: 1\n" in capsys.readouterr().out
 
 
 # The scripts

@@ -73,14 +73,26 @@ def test_the_last_good_value_is_held_at_the_missing_ends_of_the_window():
     assert not prepared[1, :79].any() and not prepared[1, 3079:].any() and prepared[1, 79:3079].all()
 
 
+def test_pixels_between_those_of_the_sdss_grid_are_interpolated():
+    flux, ivar = np.linspace(1, 3, 4000), np.linspace(100, 200, 4000)
+    on_grid = prepare_spectrum(observed(flux, ivar, FIRST_PIXEL - 100))
+    spectrum = observed(flux, ivar, FIRST_PIXEL - 100)
+    spectrum.ivar[1000] = 0
+    prepared = prepare_spectrum(spectrum._replace(loglam=spectrum.loglam + 0.3e-4))
+    assert np.flatnonzero(prepared[1] == 0).tolist() == [900, 901]  # the two that the bad pixel lies between
+    good, expected = prepared[1] > 0, np.interp(np.arange(SPECTRUM_LENGTH) + 99.7, np.arange(4000), flux)
+    np.testing.assert_allclose(prepared[0] / prepared[0, 0], expected / expected[0], rtol=1e-5)
+    np.testing.assert_allclose(prepared[1, good] / on_grid[1, good], 1 / (0.7**2 + 0.3**2), rtol=2e-3)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (lambda s: s._replace(ivar=0 * s.ivar), "only 0 of the 3522 pixels"),
         (lambda s: s._replace(flux=np.inf * s.flux), "only 0 of the 3522 pixels"),
         (lambda s: s._replace(loglam=s.loglam + 0.2), "of the 3522 pixels between 4000 and 9000 Å are good"),
-        (lambda s: s._replace(loglam=s.loglam + 0.00005), "not on the SDSS grid"),
-        (lambda s: s._replace(loglam=10**s.loglam), "not on the SDSS grid"),
+        (lambda s: s._replace(loglam=10**s.loglam), "its pixels are not of SDSS's size"),
+        (lambda s: s._replace(loglam=3 + s.loglam / 4), "its pixels are not of SDSS's size"),
         (lambda s: s._replace(flux=-s.flux), "its median flux is -7: there is no star"),
     ],
 )
@@ -99,11 +111,12 @@ def test_faint_blue_fluxes_are_not_biased_by_noise():
     assert means[blue].mean() / means[~blue].mean() == pytest.approx(0.2, abs=0.02)
 
 
-def test_emission_lines_are_kept():
-    """Hα of 5 Å equivalent width, in an active M4: 1.4 times the flux beside it."""
+@pytest.mark.parametrize("height", [1.4, 8])  # 5 Å, an active M4; 30 Å, a flare
+def test_emission_lines_are_kept(height):
+    """Hα, `height` times the flux beside it."""
     flux, ivar = flat()
     flux *= np.where(WAVELENGTH < 6000, 0.4, 1.8)
-    line = 1 + 1.4 * np.exp(-0.5 * ((WAVELENGTH - 6564.6) / 1.5) ** 2)
+    line = 1 + height * np.exp(-0.5 * ((WAVELENGTH - 6564.6) / 1.5) ** 2)
     plain, active = (prepare_spectrum(observed(f, ivar)) for f in (flux, flux * line))
     assert active[1].all() and np.allclose(active[0] / plain[0], line, rtol=1e-4)
 

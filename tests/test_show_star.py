@@ -1,6 +1,7 @@
 """show_star.py: its pages and its sheet, and what can be read in them."""
 
 import contextlib
+import gzip
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from astropy.io import fits
 from common import run_script
+from lamost import lamost_file
 from PIL import Image
 from torch import nn
 from untrained import save_untrained
@@ -111,14 +114,41 @@ def test_a_page_for_each_star(own_stars_dir, tmp_path, checkpoint, capsys):
 def test_text_on_a_page(own_stars_dir, checkpoint, texts):
     star, other = catalog(own_stars_dir)[:2]
     run(star.name, "--data-dir", own_stars_dir, "--checkpoint", checkpoint)
-    for part in (star.name, f"catalogue: {star.subclass}", "SIMULATED", "TiO", "CaH", "Na", "Hα", "vacuum wavelength",
-                 "bad pixels (", "5″", "the network's input", "expected subclass", "outlier score", "network: M",
-                 "lost without this piece"):  # fmt: skip
+    for part in (star.name, f"label: {star.subclass}", "SIMULATED", "TiO", "CaH", "Na", "Hα", "vacuum wavelength",
+                 "bad pixels (", "5″", "the network's input", "spectral type M", "outlier score", "network: M",
+                 "lost without this piece", "10⁻¹⁷ erg s⁻¹", "TiO5 0.", "CaH3 0.", "zeta", "EW_Halpha", "Å, dM",
+                 ):  # fmt: skip
         assert part in texts[0], part
     assert "\nN\n" not in texts[0]  # only an image of the sky has a north
     cutout_path(own_stars_dir, other).unlink()
     run(other.name, "--data-dir", own_stars_dir)
-    assert "network" not in texts[1] and "expected" not in texts[1] and "no image" in texts[1]
+    assert "network" not in texts[1] and "spectral type" not in texts[1] and "no image" in texts[1]
+    assert "CaH2 0." in texts[1]
+
+
+def test_files_need_no_catalogue(stars_dir, tmp_path, checkpoint, texts, capsys):
+    star = catalog(stars_dir)[0]
+    zipped, lamost = tmp_path / "a.fits.gz", tmp_path / "b.fits"
+    zipped.write_bytes(gzip.compress(spectrum_path(stars_dir, star).read_bytes()))
+    with fits.open(zipped) as hdus:
+        table = hdus[1].data
+        lamost.write_bytes(lamost_file(10 ** table["loglam"], table["flux"], table["ivar"]))
+    fusion = save_untrained(tmp_path / "fusion.pth", stars_dir, "fusion")
+    for options in ([], ["--checkpoint", checkpoint], ["--checkpoint", fusion]):
+        run(zipped, lamost, "--data-dir", tmp_path / "absent", *options)
+        first, second = texts[-2:]
+        assert f"a ({zipped}), label: {star.subclass}" in first and "erg s⁻¹" in first and "no image" not in first
+        assert f"b ({lamost}), label: M3" in second and "flux (relative)" in second and "TiO5 0." in second
+        assert ("spectral type M" in first) == ("lost without this piece" in first) == bool(options)
+    printed = capsys.readouterr().out
+    assert printed.count("star_a.png") == 3 and printed.count("not trained to do without images") == 1
+
+    run(star.name, zipped, "--data-dir", stars_dir)
+    assert f"label: {star.subclass}" in texts[-1] and f"{star.name} ({star.spectrum_id})" in texts[-1]
+    (tmp_path / "text.fits").write_text("wavelength flux")
+    refuse("text: ", tmp_path / "text.fits")
+    refuse("cannot be read (No such file or directory)", tmp_path / "absent.fits")
+    refuse("two of these stars have one name", zipped, tmp_path / "other" / "a.fits")
 
 
 def test_an_image_of_the_sky_shows_north_and_east():

@@ -81,6 +81,14 @@ def test_nothing_is_found_without_folders(tmp_path):
     assert find(tmp_path) == (None, None)
 
 
+def test_a_spectrum_that_the_catalogue_names(tmp_path):
+    star = STAR._replace(file="night 1/a.fits")
+    path = tmp_path / "spectra/night 1/a.fits"
+    assert star_files.spectrum_path(tmp_path, star) == path and FileIndex(tmp_path).spectrum(star) is None
+    find(tmp_path, **{"spectra/M2/spec-0618-52049-0372.fits": "a", "spectra/night 1/a.fits": "b"})
+    assert FileIndex(tmp_path).spectrum(star) == path
+
+
 def test_two_files_of_one_star_must_be_alike(tmp_path):
     one, other = "spectra/M2/spec-0618-52049-0372.fits", "spectra/0618/spec-618-52049-372.fits.gz"
     spectrum, _ = find(tmp_path, **{one: "a", other: gzip.compress(b"a")})

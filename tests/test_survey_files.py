@@ -114,7 +114,7 @@ def test_a_spectrum_is_read(tmp_path, case):
     np.testing.assert_allclose(read.loglam, GRID, atol=3e-7)  # float32
     np.testing.assert_allclose(read.flux, FLUX, rtol=1e-6)
     np.testing.assert_allclose(read.ivar, IVAR, rtol=1e-6)
-    assert read[3:] == (150.5, -1.25, False, path)
+    assert read[3:] == (150.5, -1.25, False, path, 0.0, "")
 
 
 @pytest.mark.parametrize("cards, position", [({"PLUG_DEC": -999.0}, (np.nan, np.nan)), ({}, (150.5, -1.25))])
@@ -125,6 +125,33 @@ def test_position_and_mark_of_a_simulated_star(tmp_path, cards, position):
     np.testing.assert_equal((read.ra, read.dec), position)
 
 
+RESULTS = {"PRIMTARGET": ("2J", [[1, 2]]), "CLASS": ("6A", ["STAR"]), "SUBCLASS": ("21A", ["M1 (204445)"]),
+           "BITS": ("11X", np.ones((1, 11), bool)), "Z": ("E", [-1e-4])}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, (-1e-4, "M1 (204445)")),
+        ({"Z": ("D", [2e-4])}, (2e-4, "M1 (204445)")),
+        ({"Z": ("E", [0.3])}, (0.0, "M1 (204445)")),
+        ({"Z": ("E", [np.nan])}, (0.0, "M1 (204445)")),
+        ({"SUBCLASS": ("21A", [""])}, (-1e-4, "")),
+    ],
+)
+def test_redshift_and_subclass_are_the_pipelines(tmp_path, changes, expected):
+    columns = [fits.Column(name, kind, array=array) for name, (kind, array) in (RESULTS | changes).items()]
+    hdus = [fits.PrimaryHDU(), coadd(), fits.BinTableHDU.from_columns(columns)]
+    (tmp_path / "a.fits").write_bytes(fits_bytes(*hdus, **IDENTITY))
+    redshift, subclass = read_spectrum(tmp_path / "a.fits", STAR)[-2:]
+    assert (redshift, subclass) == (pytest.approx(expected[0]), expected[1])
+
+
+def test_a_file_that_the_catalogue_names_may_be_any_stars(tmp_path):
+    (tmp_path / "a.fits").write_bytes(fits_bytes(fits.PrimaryHDU(), coadd()))
+    assert len(read_spectrum(tmp_path / "a.fits", STAR._replace(file="a.fits")).flux) == PIXELS
+
+
 def test_the_noise_of_a_bad_pixel(tmp_path):
     with fits.open(io.BytesIO(sp_spec())) as hdus:
         hdus[0].data[2, :3] = 0, np.nan, -1
@@ -133,8 +160,8 @@ def test_the_noise_of_a_bad_pixel(tmp_path):
 
 
 TRUNCATED = "the file is truncated or damaged; delete it and download it again"
-NO_SPECTRUM = "not an SDSS spectrum"
-EMPTY = "its table of loglam, flux and ivar is empty or not one-dimensional"
+NO_SPECTRUM = "not a spectrum as SDSS or LAMOST write it"
+EMPTY = "its table of wavelength, flux and ivar is empty or not one-dimensional"
 DISORDER = "its wavelengths do not increase"
 OTHER_STAR, NO_STAR = "holds the spectrum of another star", "its header does not say which star it is"
 SPECTRA: dict[str, tuple[bytes, str]] = {
@@ -164,7 +191,7 @@ SPECTRA: dict[str, tuple[bytes, str]] = {
     "no loglam": (spectrum(coadd(loglam=None)), NO_SPECTRUM),
     "no flux": (spectrum(coadd(flux=None)), NO_SPECTRUM),
     "no ivar": (spectrum(coadd(ivar=None)), NO_SPECTRUM),
-    "flux as whole numbers": (WHOLE.replace(b"TFORM1  = 'E", b"TFORM1  = 'J"), "not of floating-point numbers"),
+    "flux as whole numbers": (WHOLE.replace(b"TFORM1  = 'E", b"TFORM1  = 'J"), "not all of floating-point numbers"),
     "no rows": (spectrum(coadd(flux=[], loglam=[], ivar=[], and_mask=[])), EMPTY),
     "an array in each row": (spectrum(fits.BinTableHDU.from_columns(
         [fits.Column(name, "9E", array=np.ones((2, 9))) for name in ("loglam", "flux", "ivar")])), EMPTY),

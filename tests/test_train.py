@@ -1,27 +1,22 @@
 """train.py on simulated stars, with a small ResNet and one layer of the Transformer.
 
-python -m pytest -m slow tests/test_train.py       the demo, a full disk, a long run
+python -m pytest -m slow tests/test_train.py       the demo, a longer run
 """
 
-import json
-import os
-import re
+import math
 import resource
-import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import ROOT, SMALL, command, heed_ctrl_c, random_stars, run_script
+from common import SMALL, random_stars, run_script
 from PIL import Image
+from training import SPECTRUM, checkpoint_of, evaluation_of, files_in, read_history, train_and_interfere, train_here
 
-import classifier
 import train
 from catalog import read_catalog
 from cli import DataError
@@ -32,27 +27,7 @@ from simulate_sdss_data import simulate
 from star_files import catalog_path, spectrum_path
 from train_options import parse_arguments
 
-SPECTRUM = (*SMALL, "--modality", "spectrum")
 PER_CLASS = 12
-
-
-def train_here(*options: object) -> None:
-    """As `python train.py` with these options, in this process."""
-    train.main(parse_arguments(train.__doc__, list(map(str, options))))
-
-
-def read_history(output_dir: Path) -> list[dict]:
-    return json.loads((output_dir / "training_history.json").read_text(encoding="utf-8"))
-
-
-def checkpoint_of(output_dir: Path) -> Path:
-    (path,) = (output_dir / "checkpoints").glob("best_model_*.pth")
-    return path
-
-
-def files_in(directory: Path) -> dict[str, bytes]:
-    paths = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 # A run and its results
@@ -67,7 +42,7 @@ def test_the_history_has_the_keys_of_the_earlier_reproduction(finished):
         "image_dir", "spectra_dir",
     }  # fmt: skip
     names = {"train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1"}
-    assert record["epoch_metrics"].keys() == names
+    assert record["epoch_metrics"].keys() > names
     assert all(len(curve) == 2 and np.isfinite(curve).all() for curve in record["epoch_metrics"].values())
     final, best = record["final_metrics"], record["final_metrics"]["best_epoch"] - 1
     assert final["final_val_f1_weighted"] == pytest.approx(record["epoch_metrics"]["val_f1"][best], abs=1e-9)
@@ -89,13 +64,29 @@ def test_the_record_has_every_choice_and_star(finished):
     assert low <= final["final_test_accuracy"] <= high
 
 
+def test_the_record_has_both_terms_of_the_loss_the_rate_the_calibration_and_the_last_epoch(finished):
+    (record,) = read_history(finished.directory)
+    curves, final = record["epoch_metrics"], record["final_metrics"]
+    for part in ("train", "val"):
+        terms = zip(curves[f"{part}_classification_loss"], curves[f"{part}_contrastive_loss"], strict=True)
+        assert curves[f"{part}_loss"] == pytest.approx([sum(both) for both in terms])
+    assert all(0 <= fraction <= 1 for fraction in curves["val_retrieval_accuracy"])
+    assert curves["learning_rate"] == pytest.approx([0.5e-4, 0.5e-4 * (1 + math.cos(math.pi / 4))])
+    assert sum(curves["seconds"]) == pytest.approx(record["total_training_time_seconds"], abs=0.2)
+    assert final["last_epoch"] == 2 and final["last_val_f1"] == curves["val_f1"][1]
+    weights = torch.load(finished.checkpoint, weights_only=True)["weights"]
+    assert final["calibration_temperature"] == weights["calibration_temperature"].item() != 1
+    for part in ("val", "test"):
+        assert 0 <= final[f"final_{part}_calibration_error"] <= 1 and len(final[f"final_{part}_confusion_matrix"]) == 5
+
+
 def test_the_terminal_shows_stars_epochs_scores_and_files(finished):
     lines = finished.printed.stdout.splitlines()
     assert any(line.split() == ["M0", str(PER_CLASS), str(PER_CLASS)] for line in lines)
     assert sum("val loss" in line and "F1" in line for line in lines) == 2
     assert "SIMULATED" in finished.printed.stdout and "weighted avg" in finished.printed.stdout
     files = [Path(line.strip()) for line in lines[lines.index(next(x for x in lines if "Open these" in x)) + 1 :]]
-    assert len(files) == 5 and all(file.is_file() and file.is_relative_to(finished.directory) for file in files)
+    assert len(files) == 6 and all(file.is_file() and file.is_relative_to(finished.directory) for file in files)
     assert files_in(finished.directory).keys() == {str(file.relative_to(finished.directory)) for file in files}
     for file in files:
         if file.suffix == ".png":
@@ -128,14 +119,13 @@ def test_the_best_checkpoint_is_the_epoch_of_the_highest_f1(stars_dir, tmp_path,
     written, save_checkpoint = [], train.save_checkpoint
 
     def evaluate(*arguments) -> Evaluation:
-        right, loss = next(outcomes, (8, 1.0))
-        return Evaluation(loss, np.arange(10) % 5, np.where(np.arange(10) < right, np.arange(10) % 5, 0))
+        return evaluation_of(*next(outcomes, (8, 1.0)))
 
     def save(path: Path, *arguments, **contents) -> None:
         written.append(contents["epoch"])
         save_checkpoint(path, *arguments, **contents)
 
-    monkeypatch.setattr(train, "train_one_epoch", lambda *arguments: 1.0)
+    monkeypatch.setattr(train, "train_one_epoch", lambda *arguments: [1.0, 0.0])
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "save_checkpoint", save)
     train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 6, "--quiet")
@@ -164,81 +154,46 @@ def test_improved_runs_too(stars_dir, tmp_path):
     assert record["config"]["recipe"] == "improved" and np.isfinite(record["epoch_metrics"]["val_loss"]).all()
 
 
-# Stars and options that cannot be used
+def test_patience_ends_a_run_that_gets_no_better(stars_dir, tmp_path, monkeypatch, capsys):
+    """Also one that is interrupted, and resumed."""
+    outcomes = {1: (5, 2.0), 2: (8, 2.0), 3: (7, 1.0), 4: (8, 2.0)}  # stars classified right, loss
+    begun = []
 
+    def train_one_epoch(*arguments) -> list[float]:
+        begun.append(arguments[2])
+        if begun == [1, 2, 3]:
+            raise KeyboardInterrupt
+        return [1.0, 0.0]
 
-def test_missing_and_damaged_stars_are_recorded(own_stars_dir, tmp_path):
-    stars = [star for star in read_catalog(catalog_path(own_stars_dir))[0] if star.subclass == "M2"]
-    spectrum_path(own_stars_dir, stars[0]).unlink()
-    broken = spectrum_path(own_stars_dir, stars[1])
-    broken.write_bytes(broken.read_bytes()[:50_000])
-    shutil.rmtree(own_stars_dir / "images")
-    train_here("--data-dir", own_stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 1)
-    config = read_history(tmp_path)[0]["config"]
-    assert config["stars_missing"] == {"M2: no spectrum": 1} and config["rows_left_out"] == {}
-    (problem,) = config["set_aside"]
-    assert str(broken) in problem and config["stars"] == "58 SIMULATED stars"
-
-
-def keep_one_star_of(stars_dir: Path, subclass: str) -> None:
-    for path in sorted((stars_dir / "spectra" / subclass).iterdir())[1:]:
-        path.unlink()
-
-
-@pytest.mark.parametrize(
-    "spoil, options, message",
-    [
-        (lambda d: catalog_path(d).write_text("name,plate\n"), (), "column subclass, mjd, fiberID is missing"),
-        (lambda d: shutil.rmtree(d / "spectra"), (), "python download_sdss_data.py --data-dir"),
-        (lambda d: keep_one_star_of(d, "M3"), (), "class M3 has 1 usable spectra"),
-        (lambda d: None, ("--validation-split", 0.02), "cannot be split"),
-        (lambda d: None, ("--modality", "image", "--image-weights", "none.pth"), "none.pth: no such file"),
-    ],
-)
-def test_input_that_cannot_be_used_is_named_and_nothing_is_written(own_stars_dir, tmp_path, spoil, options, message):
-    spoil(own_stars_dir)
-    with pytest.raises((DataError, OSError), match=message):
-        train_here("--data-dir", own_stars_dir, "--output-dir", tmp_path / "out", *SPECTRUM, *options)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (("--evaluate", "a.pth", "--epochs", 3), "--evaluate does not use --epochs"),
-        (("--evaluate", "a.pth", "--seed", 3), "--evaluate does not use --seed"),
-        (("--evaluate", "a.pth", "--recipe", "improved"), "--evaluate does not use --recipe"),
-        (("--split", "all"), "--split chooses the stars of --evaluate"),
-        (("--demo", "--resume", "auto"), "--demo starts a run"),
-        (("--validation-split", 0.6, "--test-split", 0.5), "leave no star to train on"),
-        (("--epochs", 0), "argument --epochs: '0' is not a whole number from 1"),
-        (("--seed", -1), "argument --seed"),
-        (("--device", "tpu"), "argument --device"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(capsys, options, message):
-    with pytest.raises(SystemExit) as exit_:
+    monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(*outcomes[begun[-1]]))
+    monkeypatch.setattr(train, "finish", lambda *arguments: None)
+    options = ("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 8, "--patience", 2)
+    with pytest.raises(KeyboardInterrupt):
         train_here(*options)
-    assert exit_.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    train_here("--resume", "auto", "--output-dir", tmp_path)
+    assert begun == [1, 2, 3, 3, 4] and "stopped: no better epoch since 2" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there_is_refused(stars_dir, tmp_path):
-    with pytest.raises(DataError, match="--device cuda: PyTorch finds no GPU"):
-        train_here("--data-dir", stars_dir, "--output-dir", tmp_path / "out", *SPECTRUM, "--device", "cuda")
+def test_tensorboard_gets_the_curves(stars_dir, tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--tensorboard")
+    (record,) = read_history(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / record["config"]["training_id"])).Reload()
+    assert set(events.Tags()["scalars"]) == record["epoch_metrics"].keys()
+    for name, curve in record["epoch_metrics"].items():
+        points = events.Scalars(name)
+        assert [point.step for point in points] == [1, 2]
+        assert [point.value for point in points] == pytest.approx(curve, rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_within_its_epoch(stars_dir, tmp_path, monkeypatch):
-    steps = []
-
-    def loss_sic(align_logits, fuse_logits, *arguments, **options) -> torch.Tensor:
-        steps.append(len(fuse_logits))
-        return fuse_logits.sum() * (torch.nan if len(steps) == 2 else 1)
-
-    monkeypatch.setattr(classifier, "loss_sic", loss_sic)
-    with pytest.raises(DataError, match="^the loss is not finite; try a smaller --learning-rate"):
-        train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--batch-size", 4)
-    assert 2 <= len(steps) <= 4 and not files_in(tmp_path)
+def test_tensorboard_that_is_not_installed_is_named_before_the_run(stars_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="TensorBoard is not installed; pip install tensorboard"):
+        train_here("--data-dir", stars_dir, "--output-dir", tmp_path / "out", *SPECTRUM, "--tensorboard")
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_is_quick_and_shows_both_recipes():
@@ -252,27 +207,6 @@ def test_help_is_quick_and_shows_both_recipes():
 # Runs that are stopped, and go on
 
 
-def train_and_interfere(
-    after: str, interfere: Callable[[subprocess.Popen], None], *options: object, state_interval: float = 60
-) -> tuple[int, str, str]:
-    """Start train.py, and do that to the process once a printed line begins with `after`; exit status and output."""
-    arguments = [str(option) for option in options]
-    code = f"import sys, train; train.STATE_INTERVAL = {state_interval}; sys.argv = {['train.py', *arguments]}; "
-    code += "train.run_as_script(lambda: train.main(train.parse_arguments(train.__doc__)))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=heed_ctrl_c,
-    )  # fmt: skip
-    printed = ""
-    for line in process.stdout:
-        printed += line
-        if line.strip().startswith(after):
-            interfere(process)
-            break
-    rest, errors = process.communicate(timeout=300)
-    return process.returncode, printed + rest, errors
-
-
 @pytest.fixture(scope="module")
 def whole(stars_dir, tmp_path_factory) -> Path:
     """The output of a run of three epochs that nobody stopped."""
@@ -283,6 +217,8 @@ def whole(stars_dir, tmp_path_factory) -> Path:
 
 def assert_same_run(one: Path, other: Path) -> None:
     (first,), (second,) = read_history(one), read_history(other)
+    for record in (first, second):
+        del record["epoch_metrics"]["seconds"]
     for part in ("epoch_metrics", "final_metrics", "classification_report"):
         assert first[part] == second[part]
     weights, others = (torch.load(checkpoint_of(path), weights_only=True)["weights"] for path in (one, other))
@@ -302,7 +238,7 @@ def test_a_killed_run_is_resumed_as_if_never_stopped(stars_dir, tmp_path, whole)
     train_here("--resume", "auto", "--output-dir", moved)
     assert_same_run(whole, moved)
     left = files_in(moved).keys()
-    assert len(left) == 4 and not any("last_state" in name or "partial" in name for name in left), left
+    assert len(left) == 5 and not any("last_state" in name or "partial" in name for name in left), left
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -325,7 +261,7 @@ def stopped(stars_dir, tmp_path_factory) -> Path:
     """The output of a run that Ctrl-C ended in its second epoch."""
     directory, train_one_epoch = tmp_path_factory.mktemp("stopped"), train.train_one_epoch
 
-    def train_or_stop(*arguments) -> float:
+    def train_or_stop(*arguments) -> list[float]:
         if arguments[2] == 2:
             raise KeyboardInterrupt
         return train_one_epoch(*arguments)
@@ -363,14 +299,14 @@ def test_a_run_goes_on_with_its_own_stars_alone(stopped, own_stars_dir, tmp_path
 
 def test_resume_auto_begins_a_run_where_there_is_none(stars_dir, tmp_path, monkeypatch, capsys):
     begun = []
-    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.recipe.num_epochs, rest[-1])))
+    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.recipe.num_epochs, rest[2])))
     train_here("--resume", "auto", "--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 7)
     assert begun == [(7, None)] and "no unfinished run of these options; a new one begins" in capsys.readouterr().out
 
 
 def test_resume_auto_takes_the_newest_run_of_its_options(stopped, stars_dir, monkeypatch, capsys):
     begun = []
-    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.random_seed, rest[-1] is None)))
+    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.random_seed, rest[2] is None)))
     for seed in (7, 42):
         options = ("--data-dir", stars_dir, "--output-dir", stopped, *SPECTRUM, "--seed", seed)
         train_here("--resume", "auto", *options)
@@ -402,57 +338,3 @@ def test_the_network_learns_from_spectra_alone(stars_dir, tmp_path):
     train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 14, "--validation-split", 0.4)
     final = read_history(tmp_path)[0]["final_metrics"]
     assert final["final_val_f1_weighted"] > 0.5 and final["final_val_within_one_subclass"] > 0.8
-
-
-@pytest.mark.slow
-def test_two_runs_in_one_second_are_both_recorded(stars_dir, tmp_path):
-    run = command("train.py", "--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 1)
-    runs = [subprocess.Popen(run, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    identifiers = {record["config"]["training_id"] for record in read_history(tmp_path)}
-    assert len(identifiers) == 2
-    assert {path.stem for path in (tmp_path / "checkpoints").glob("*.pth")} == {f"best_model_{i}" for i in identifiers}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux alone limits a process from outside")
-def test_a_disk_that_fills_up_costs_no_earlier_checkpoint(stars_dir, tmp_path):
-    """From the end of the first epoch on, no file can be longer than a megabyte."""
-    kept = {}
-
-    def fill_up(process: subprocess.Popen) -> None:
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10**6, 10**6))
-        kept.update(files_in(tmp_path / "checkpoints"))
-
-    options = ("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 5)
-    status, printed, errors = train_and_interfere("1/5", fill_up, *options, state_interval=0)
-    checkpoint, state = sorted(kept)
-    reason = errors.splitlines()[-1]
-    assert status == 1 and re.fullmatch(r"train\.py: error: .*(File too large|is the disk full).*", reason)
-    assert "Traceback" not in errors and files_in(tmp_path / "checkpoints") == kept
-    (record,) = read_history(tmp_path)
-    assert record["stopped"] in reason and record["final_metrics"]["best_epoch"] == 1
-    assert f"--resume {tmp_path / 'checkpoints' / state}" in printed
-    train_here("--resume", "auto", "--output-dir", tmp_path)
-    (record,) = read_history(tmp_path)
-    assert record["stopped"] is None and len(record["epoch_metrics"]["val_f1"]) == 5
-    assert files_in(tmp_path / "checkpoints").keys() == {checkpoint}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux alone tells a process's files so")
-def test_a_long_run_keeps_memory_and_open_files_flat(stars_dir, tmp_path, monkeypatch):
-    """Each epoch trains, validates, and writes a state and perhaps a checkpoint."""
-    held, evaluate = [], train.evaluate
-
-    def measure(*arguments) -> Evaluation:
-        resident = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]
-        held.append((int(resident) / 1024, len(os.listdir("/proc/self/fd"))))
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(train, "evaluate", measure)
-    monkeypatch.setattr(train, "STATE_INTERVAL", 0)
-    train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--epochs", 25)
-    memory, files = zip(*held[5:25], strict=True)
-    assert np.median(memory[10:]) - np.median(memory[:10]) < 10, f"MB: {memory}"
-    assert files[-1] <= files[0], files

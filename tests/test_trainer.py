@@ -1,4 +1,4 @@
-"""One training step: its loss, its gradients, its schedule, its average."""
+"""One training step: its loss, its gradients, its schedule."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def test_a_step_follows_the_gradient_of_the_loss():
     trainer, batch = make_trainer(FUSION), batch_of(10)
     *features, fuse_logits = copy.deepcopy(trainer.classifier)(batch)
     expected = loss_sic(contrastive_logits(*features), fuse_logits, batch.targets)
-    losses = [trainer.step(batch).item() for _ in range(8)]
+    losses = [trainer.step(batch).sum().item() for _ in range(8)]
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5) and losses[-1] < 0.8 * losses[0]
 
 
@@ -106,4 +106,4 @@ def test_a_state_is_a_copy():
 def test_a_loss_that_is_not_a_number_is_returned_as_it_is():
     batch = batch_of(5)
     batch.spectra[0, 0, 0] = torch.nan
-    assert math.isnan(make_trainer(SPECTRUM).step(batch).item())
+    assert math.isnan(make_trainer(SPECTRUM).step(batch).sum().item())
