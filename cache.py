@@ -47,7 +47,7 @@ ROWS = {
 }
 INPUTS = {"fusion": ("spectra", "images"), "spectrum": ("spectra",), "image": ("images",)}  # by modality
 MISSING = {"spectra": "no spectrum", "images": "no image"}
-FEW_STARS = 128  # are decoded before worker processes would have started
+FEW_STARS = 128  # up to so many, one process is done before worker processes have started
 
 Paths = dict[str, Path | None]  # of a star's files, "spectra" and "images"
 
@@ -101,7 +101,7 @@ class Cache(NamedTuple):
 
 
 class PreparedStars(NamedTuple):
-    """The usable stars. Indexed, the arrays give tensors; an input that the modality does not read is None."""
+    """The usable stars. Indexing an array gives a tensor; an input that the modality does not read is None."""
 
     stars: list[Star]
     spectra: CachedArray | Tensor | None  # (N, 2, 3522) float32: flux / median, ivar · median²
@@ -147,8 +147,8 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
 
 
 def check_star(star: Star, paths: Paths, found: dict[str, Finding], kinds: tuple[str, ...]) -> CheckedStar:
-    """Whether a network that reads these kinds of file can use the star."""
-    # Its other files still tell where it is, and whether it is simulated.
+    """Check whether a network that reads these kinds of file can use the star."""
+    # Files that the network does not read still give the position, and whether the star is simulated.
     star = star._replace(simulated=star.simulated or any(finding.simulated for finding in found.values()))
     spectrum = found.get("spectra", Finding())
     if math.isnan(star.ra + star.dec):

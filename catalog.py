@@ -45,7 +45,7 @@ _SPEC_OBJ_ID_RANGES = (
     (range(FIRST_BOSS_PLATE, 2**14), range(55_000, 60_000), range(1, 1001), range(400, 1400)),
 )
 
-# What the cells of a row can be; of plate, mjd and fiberID what a specObjID can hold.
+# Allowed values of the cells; for plate, mjd and fiberID, the range of a specObjID.
 _WHOLE, _ANGLE = "a whole number", "an angle in degrees"
 _IDENTITY = {"plate": (_WHOLE, 1, 2**14 - 1), "mjd": (_WHOLE, 50_000, 66_383), "fiberID": (_WHOLE, 1, 2**12 - 1)}
 _POSITION = {"ra": (_ANGLE, 0, 360), "dec": (_ANGLE, -90, 90)}
@@ -86,7 +86,7 @@ _COLUMNS = {column.lower(): column for column in ("specObjID", *Star._fields)}
 
 
 def describe(stars: Sequence[Star]) -> str:
-    """How many stars these are, and how many are simulated; every output shows it."""
+    """The number of stars, and how many are simulated; every output shows it."""
     simulated = sum(star.simulated for star in stars)
     if simulated in (0, len(stars)):
         return f"{len(stars)} {'SIMULATED ' if simulated else ''}stars"

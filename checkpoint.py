@@ -3,7 +3,7 @@
     classifier, checkpoint = load_checkpoint(Path("checkpoints/best_model_ID.pth"))
 
 A checkpoint is a plain dictionary: the recipe, the precision, the weights, the run's configuration, its epoch, the
-stars of each part of the split, and the reference of outliers.py. Reading one executes nothing.
+stars of each part of the split, and the references of outliers.py. Reading one executes no code.
 """
 
 import http.client
@@ -22,8 +22,8 @@ from classifier import Classifier
 from model import ImageEncoder
 from recipe import Recipe
 
-# The mark of a checkpoint of train.py. The number changes with everything that the answer depends on and that is not in
-# the file, so that no weights are used on inputs that they were not trained on.
+# Identifies a checkpoint of train.py. The number is raised with any change of the code that the prediction depends on:
+# weights must not be used on inputs that they were not trained on.
 CHECKPOINT_FORMAT = "m-star classifier 6"
 CHECKPOINT_KEYS = {"recipe", "precision", "weights", "config", "splits", "references", "epoch"}
 # What torch.load raises on files that are damaged or something else.
@@ -58,9 +58,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Cla
 
 
 def load_image_weights(encoder: ImageEncoder, backbone: str, weights: str) -> None:
-    """A ResNet's initial weights: "imagenet" (downloaded once), or the path of a file in torchvision's format.
+    """Load a ResNet's initial weights: "imagenet" (downloaded once), or the path of a file in torchvision's format.
 
-    Raises OSError where they cannot be had or do not fit.
+    Raises OSError if they cannot be obtained or do not fit.
     """
     state = _fetch_imagenet_weights(backbone) if weights == "imagenet" else torch_load(Path(weights))
     resnet = torchvision.models.get_model(backbone, weights=None)

@@ -1,4 +1,4 @@
-"""The network with all that its answer depends on: the recipe, the standardisation, the precision, the calibration."""
+"""The network, and all that its output depends on: the recipe, the standardisation, the precision, the calibration."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ from recipe import Recipe
 
 
 class Classifier(nn.Module):
-    """A FusionModel with random weights, behind its standardisation.
+    """A FusionModel, its weights random at first, behind the standardisation of its inputs.
 
     forward: a Batch of B stars → image_features and spectrum_features (B, 512), None where the modality does not read
     the input, and fuse_logits (B, 5) float32.
@@ -58,5 +58,5 @@ class Classifier(nn.Module):
 
 
 def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:
-    """On a CPU, attention by plain products: the backward pass of the fused kernel takes five times as long in bf16."""
+    """Attention without fusion on a CPU: in bf16, the backward pass of the fused kernel takes five times as long."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()

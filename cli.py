@@ -1,4 +1,4 @@
-"""What every script shares: its command line, its errors, its progress, and files that appear whole or not at all."""
+"""Shared by every script: the command line, errors, progress bars, atomic writing of files, and file locks."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 
 class DataError(ValueError):
-    """Something of the user's cannot be used; the message says what, in which file, and what to do, in one line."""
+    """An input of the user cannot be used. The message, one line, names the file, the fault and the remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -61,11 +61,16 @@ def number_between(kind: type[int] | type[float], low: float, high: float) -> Ca
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and the examples as they are written."""
+    """Shows the defaults, but those that mean "not given", and the examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """The options of a script whose docstring is, by paragraphs, a title, examples, and notes: all shown by --help."""
+    """The options of a script. --help shows its docstring, whose paragraphs are a title, examples, and notes."""
 
     def __init__(self, docstring: str, **options: Any) -> None:
         title, examples, *notes = docstring.strip().split("\n\n")
@@ -85,7 +90,7 @@ _quiet = contextvars.ContextVar("quiet", default=False)
 
 @contextlib.contextmanager
 def quietly(quiet: bool = True) -> Iterator[None]:
-    """Inside, if `quiet`, nothing goes to the standard output and no progress is shown; errors are shown."""
+    """Inside the block, if `quiet`, standard output and progress bars are suppressed; errors are still shown."""
     if not quiet:
         yield
         return
@@ -125,7 +130,7 @@ def partial_path(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete the partial files that killed processes left beside `path`, whose name may have wildcards.
+    """Delete the partial files that killed processes left beside `path`, whose name may contain wildcards.
 
     No process may be writing `path` meanwhile.
     """
@@ -152,7 +157,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def refuse_foreign_file(path: Path, mark: str) -> None:
-    """Raise DataError if `path` exists and is no earlier output of the calling script, which begins with `mark`."""
+    """Raise DataError if `path` exists and the calling script did not write it: `mark` is not in its first 1 KiB."""
     if path.exists():
         with open(path, "rb") as file:
             if mark.encode() not in file.read(1024):
@@ -183,6 +188,6 @@ def file_lock(path: Path, timeout: float) -> Iterator[None]:
         lock.release()
 
 
-@functools.cache  # once a directory
+@functools.cache  # one warning per directory
 def _warn_of_no_locks(directory: Path, reason: str) -> None:
     print(f"warning: {directory}: no file locks ({reason}); start no second run there meanwhile", file=sys.stderr)

@@ -25,8 +25,8 @@ def split_stars(
 ) -> dict[str, np.ndarray]:
     """Indices of the "train", "validation" and "test" stars: stratified by class, no star in two parts.
 
-    Raises DataError where a class has too few stars for that. With `all_classes` false such classes are split together
-    with the nearest one that has enough, and it is printed in which parts a class is missing.
+    Raises DataError if a class has too few stars. With `all_classes` false, such a class is split together with the
+    nearest one that has enough; classes missing from a part are printed.
     """
     from sklearn.model_selection import train_test_split  # here: it takes a second, which other commands do not need
 
@@ -81,10 +81,10 @@ def equal_batches(stars: int, batch_size: int, processes: int = 1) -> tuple[int,
 
 
 class StarLoader:
-    """Batches of some of the prepared stars, on a device. Of several processes, each takes its share of every batch.
+    """Batches of some of the prepared stars, on a device. With several processes, each takes its share of every batch.
 
-    A GPU with room for them holds all stars, and a batch is an index. Elsewhere the next batch is read from the cache
-    while the last one is in use.
+    A GPU with enough memory holds all stars, and a batch is indexed there. Otherwise the next batch is read from the
+    cache while the last one is in use.
     """
 
     def __init__(self, prepared: PreparedStars, indices: np.ndarray, device: torch.device) -> None:
@@ -100,7 +100,7 @@ class StarLoader:
         return len(self.indices)
 
     def num_batches(self, batch_size: int) -> int:
-        """Of an epoch."""
+        """The number of batches in an epoch."""
         return equal_batches(len(self), batch_size, distributed.world_size())[0]
 
     def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -110,7 +110,7 @@ class StarLoader:
         yield from self._batches(batches[:, distributed.rank() :: distributed.world_size()])
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """All stars in their order; of several processes, each has batches of its own."""
+        """All stars in their order; with several processes, each has batches of its own."""
         batches = torch.arange(len(self)).split(batch_size)
         yield from self._batches(batches[distributed.rank() :: distributed.world_size()])
 
@@ -152,5 +152,5 @@ def prefetch(read: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
 
 
 def random_stream(seed: int, *keys: int) -> int:
-    """The seed of an independent stream: those of (42, 2) and (43, 1) have nothing in common."""
+    """The seed of an independent stream of random numbers for each (seed, keys): (42, 2) and (43, 1) share nothing."""
     return int(np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)[0] >> 1)

@@ -45,7 +45,7 @@ def describe_device(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def out_of_memory_hint(hint: str) -> Iterator[None]:
-    """Raise DataError, with what to do, where the GPU's memory does not suffice."""
+    """Raise DataError, with the hint as its remedy, if the GPU runs out of memory in the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,13 +1,13 @@
 """Fill spectra/ and images/ of a data directory from SDSS, for the stars in its objects.csv.
 
-    python download_sdss_data.py                       all that is missing beside ./objects.csv
+    python download_sdss_data.py                       the missing files of the stars in ./objects.csv
     python download_sdss_data.py --data-dir DIR        the same for DIR/objects.csv
     python download_sdss_data.py --dry-run --limit 10  only show what would be fetched for ten stars
     python download_sdss_data.py --full                spectra with every exposure, several times larger
 
-Without a list of stars, let SDSS make one first, with as many stars of each class M0…M4:
+Without a list of stars, let SDSS make one first, with the same number of stars of each class M0…M4:
 
-    python download_sdss_data.py --query 80 --data-dir DIR                 80 of each class, of any S/N
+    python download_sdss_data.py --query 80 --data-dir DIR                 80 stars of each class, of any S/N
     python download_sdss_data.py --query 80 --data-dir HIGH --min-snr 10   a set of high S/N
     python download_sdss_data.py --query 80 --data-dir LOW --max-snr 10    a set of low S/N, none of them in the other
 
@@ -48,7 +48,7 @@ from sdss_archive import BadBodyError, FetchError
 from star_files import FileIndex, catalog_path, cutout_path, spectrum_path
 from survey_files import Cutout, Spectrum, WrongFileError, read_cutout, read_spectrum
 
-# A server is given up for this run after so many files in a row, each lost to a transient fault.
+# A server is given up for this run after so many files in a row failed with transient errors.
 MAX_CONSECUTIVE_FAILURES = 8
 
 FAILURES_FILE = "download_failures.csv"
@@ -59,19 +59,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.ScriptParser(__doc__, usage="%(prog)s [--data-dir DIR] [options]")
     add = parser.add_argument
     positive, snr = number_between(float, 1e-3, 1e3), number_between(float, 0, 1e4)
-    add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, gets spectra/ and images/")
+    add("--data-dir", type=Path, default=Path("."), metavar="DIR",
+        help="directory with objects.csv; spectra/ and images/ are filled")  # fmt: skip
     add("--workers", type=number_between(int, 1, 64), default=4, metavar="N", help="connections to each server")
     # No limit of the cutout service is published; SkyServer's SQL search allows 60 queries a minute.
-    add("--image-rate", type=positive, default=1.0, metavar="R", help="most cutouts asked for in a second")
+    add("--image-rate", type=positive, default=1.0, metavar="R", help="maximum number of cutouts requested per second")
     add("--limit", type=number_between(int, 1, 10**9), metavar="N", help="only the first N stars of the catalogue")
     add("--dry-run", action="store_true", help="print what would be fetched, write nothing")
     add("--query", type=number_between(int, 1, 50_000), metavar="N",
-        help="fetch no files: write objects.csv, N stars of each class, and their SQL into objects.sql")  # fmt: skip
-    add("--min-snr", type=snr, metavar="X", help="--query: median S/N of X or more")
-    add("--max-snr", type=snr, metavar="X", help="--query: median S/N below X")
-    add("--full", action="store_true", help="full spectra, with every exposure, in place of lite ones")
-    add("--retries", type=number_between(int, 0, 100), default=5, metavar="N", help="attempts after a transient fault")
-    add("--timeout", type=positive, default=30.0, metavar="S", help="longest silence of a server in seconds")
+        help="write objects.csv with N stars of each class, and its SQL to objects.sql; fetch no files")  # fmt: skip
+    add("--min-snr", type=snr, metavar="X", help="with --query: median S/N of X or more")
+    add("--max-snr", type=snr, metavar="X", help="with --query: median S/N below X")
+    add("--full", action="store_true", help="full spectra, with every exposure, instead of lite ones")
+    add("--retries", type=number_between(int, 0, 100), default=5, metavar="N", help="retries after a transient error")
+    add("--timeout", type=positive, default=30.0, metavar="S", help="seconds to wait for a silent server")
     add("--sas-url", type=_http_url, default=sdss_archive.SAS_URL, metavar="URL",
         help="archive of the spectra, or a mirror of it")  # fmt: skip
     add("--skyserver-url", type=_http_url, default=sdss_archive.SKYSERVER_URL, metavar="URL",
@@ -108,7 +109,7 @@ class File(NamedTuple):
     kind: str  # "spectrum" or "cutout"
     path: Path
     urls: tuple[str, ...] = ()  # tried in turn while they answer 404
-    reason: str = ""  # why it could not be had
+    reason: str = ""  # why it could not be fetched
 
 
 def read(file: File, path: Path) -> Spectrum | Cutout:
@@ -205,7 +206,7 @@ class Downloader:
             threading.Thread(target=self._work, daemon=True).start()
 
     def stop(self) -> None:
-        """Let the file that is being written become whole, and no other begin."""
+        """Wait until the file that is being written is whole, and let no other begin."""
         self.writing.acquire()
 
     def _work(self) -> None:
@@ -217,7 +218,7 @@ class Downloader:
             self.results.put(error)
 
     def _fetch(self, file: File, session: requests.Session) -> str:
-        """Fetch a file from the first of its addresses that has it; returns why it could not be had, or ""."""
+        """Fetch a file from the first of its addresses that has it; returns why that failed, or ""."""
         reason = file.reason
         for url in file.urls:
             if self.failed_in_a_row >= MAX_CONSECUTIVE_FAILURES:
@@ -255,7 +256,7 @@ class Downloader:
 
 
 def fetch_files(files: list[File], args: argparse.Namespace, desc: str, rate: float = math.inf) -> list[File]:
-    """Fetch files of one server, at most `rate` a second; returns those that could not be had."""
+    """Fetch files of one server, at most `rate` a second; returns those that failed."""
     failures: list[File] = []
     downloader = Downloader(files, args, rate)
     downloader.start()
@@ -280,7 +281,7 @@ def fetch_files(files: list[File], args: argparse.Namespace, desc: str, rate: fl
 
 
 def write_catalog(args: argparse.Namespace) -> None:
-    """--query: objects.csv, the classes by turns so that --limit takes some of each, and objects.sql."""
+    """--query: write objects.csv, its classes in turn so that --limit takes some of each, and objects.sql."""
     queries = [sdss_archive.catalog_sql(name, args.query, args.min_snr, args.max_snr) for name in CLASS_NAMES]
     if args.dry_run:
         print("\n".join(queries))
@@ -369,7 +370,7 @@ def report_failures(failures: list[File], data_dir: Path) -> None:
 
 @contextlib.contextmanager
 def only_download_into(data_dir: Path) -> Iterator[None]:
-    """Keep other downloads out of the directory, and clear away what a killed one left half-written."""
+    """Keep other downloads out of the directory, and delete the partial files of a killed one."""
     try:
         with cli.file_lock(data_dir / ".download.lock", timeout=0):
             for pattern in ("spectra", "spectra/*", "images", "images/*"):

@@ -1,4 +1,4 @@
-"""How well a classifier does: one pass over some stars, its scores, their uncertainty, its calibration."""
+"""Evaluation of a classifier: one pass over some stars, the scores with their intervals, the calibration."""
 
 import math
 from typing import Any, NamedTuple
@@ -38,15 +38,15 @@ class Evaluation(NamedTuple):
         return scores_of(self.targets, self.predictions, np.ones(len(self.targets)))
 
     def intervals(self) -> dict[str, list[float]]:
-        """The 95 % interval of each score, by the bootstrap: these stars drawn again with replacement."""
+        """The 95 % interval of each score, by the bootstrap: the stars are resampled with replacement."""
         pairs, counts = np.unique(np.stack([self.targets, self.predictions]), axis=1, return_counts=True)
         draws = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=BOOTSTRAP_DRAWS)
         scores = [scores_of(*pairs, draw) for draw in draws]
         return {name: np.quantile([score[name] for score in scores], [0.025, 0.975]).tolist() for name in scores[0]}
 
     def reliability(self, temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The mean probability of the predicted class, the fraction classified right, and the number of stars, in bins
-        of as many stars each, ordered by that probability."""
+        """In bins of as many stars each, ordered by the probability of the predicted class: its mean, the fraction
+        classified right, and the number of stars, each (bins,)."""
         from scipy.special import softmax
 
         probability = softmax(self.logits / temperature, axis=1).max(axis=1)
@@ -60,8 +60,7 @@ class Evaluation(NamedTuple):
         )
 
     def calibration_error(self, temperature: float) -> float:
-        """The mean distance, by star, of a bin's probability from its fraction classified right (expected calibration
-        error)."""
+        """Expected calibration error: the mean over the bins, weighted by stars, of |probability − fraction right|."""
         probability, right, stars = self.reliability(temperature)
         return float(np.average(np.abs(probability - right), weights=stars))
 
@@ -92,7 +91,7 @@ class Evaluation(NamedTuple):
 
 
 def scores_of(targets: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """The scores of pairs of classes, each of which counts for so many stars."""
+    """The scores of pairs of class indices, each (P,), where pair i stands for counts[i] stars."""
     from sklearn.metrics import precision_recall_fscore_support
 
     labels = range(len(CLASS_NAMES))
@@ -113,10 +112,10 @@ def scores_of(targets: np.ndarray, predictions: np.ndarray, counts: np.ndarray) 
 
 @torch.inference_mode()
 def evaluate(classifier: Classifier, loader: StarLoader, description: str = "evaluating") -> Evaluation:
-    """One pass over a loader's stars, those of all processes.
+    """One pass over a loader's stars, spread over all processes.
 
-    The contrastive loss is larger the more stars there are to tell apart, so it is taken over batches as large as in
-    training; the network takes several of them at once.
+    The contrastive loss grows with the batch, so it is computed over batches as large as in training; the network takes
+    several of them at once.
     """
     batch_size = classifier.recipe.batch_size
     classifier.eval()
@@ -142,14 +141,14 @@ def evaluate(classifier: Classifier, loader: StarLoader, description: str = "eva
 
 
 def retrieval_accuracy(image_features: Tensor, spectrum_features: Tensor) -> Tensor:
-    """The fraction of the images (B, 512) that are closest to their own one of the spectra (B, 512)."""
+    """The fraction of the images (B, 512) that are closest to their own spectrum among the spectra (B, 512)."""
     closest = contrastive_logits(image_features, spectrum_features).argmax(dim=1)
     return (closest == torch.arange(len(closest), device=closest.device)).float().mean()
 
 
 def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     """The temperature T for which softmax(logits / T) is most likely for these stars (Guo et al. 2017,
-    arXiv:1706.04599). A prior, log-normal around 1, matters for few stars alone: all classified right, T would be 0.
+    arXiv:1706.04599). A log-normal prior around 1 matters only for few stars: were all classified right, T would be 0.
 
     logits: (N, 5). targets: (N,) class indices.
     """

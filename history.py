@@ -1,10 +1,10 @@
-"""What a run leaves behind: its record in training_history.json, its plots, and, unfinished, the state to resume from.
+"""The files of a run: its record in training_history.json, its plots, and, while unfinished, the state to resume from.
 
     import pandas as pd
     runs = pd.json_normalize(pd.read_json("training_history.json").to_dict("records"))   # one row a run
 
-The file is a list with one record a run. Its keys are those of the earlier reproduction, so that
-programs which read that file read this one, and more beside them.
+The file is a list with one record a run. A record has the keys of the earlier reproduction's, so that programs for
+those can read it, and further ones.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from preparation import SPECTRUM_LENGTH
 from star_files import catalog_path
 from survey_files import IMAGE_SIZE
 
-# The mark of an unfinished run's file; the number changes with all that makes a run go on otherwise than it began.
+# Identifies the state of an unfinished run. The number is raised when a resumed run would go on differently.
 STATE_FORMAT = "m-star training state 8"
 STATE_FILES = "last_state_{}.pth"
 # By epoch. A loss is the sum of its terms; the learning rate is that of the first step.
@@ -82,10 +82,10 @@ def run_paths(output_dir: Path, training_id: str) -> Paths:
 
 @dataclass
 class Training:
-    """A run as far as it is: what --resume needs of an unfinished one. Everything else follows from its options."""
+    """The progress of a run, as --resume needs it. Everything else follows from the options."""
 
     options: dict[str, Any]  # of the command line, as plain values
-    stars: list[str]  # each with all that the split depends on, in order
+    stars: list[str]  # in order, as `identify` writes them
     record: dict
     states: dict[str, dict] = field(default_factory=dict)  # of trainer.Trainer, after the last whole epoch
     epochs_kept: int = 0  # of the record when `states` was taken
@@ -177,8 +177,8 @@ def identify(prepared: PreparedStars) -> list[str]:
 
 @contextlib.contextmanager
 def claim_training_id(output_dir: Path, resumed: str | None = None) -> Iterator[str]:
-    """A run's YYYYmmdd_HHMMSS, unique in this directory also among runs that start in the same second; or the one
-    that is resumed, which no other process may be doing."""
+    """Yield a run's ID, YYYYmmdd_HHMMSS, unique in this directory even among runs that start in the same second; or the
+    ID that is resumed. Raises DataError if another process is running it."""
     checkpoints = output_dir / "checkpoints"
     for folder in (checkpoints, output_dir / "plots"):  # a place that cannot be written is found before the work
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,20 +201,20 @@ def claim_training_id(output_dir: Path, resumed: str | None = None) -> Iterator[
 
 
 def fingerprint(stars: list[Star]) -> str:
-    """The same for the same stars, in any order, and for no others."""
+    """A hash of a set of stars, whatever their order."""
     return hashlib.sha256("\n".join(sorted(star.spectrum_id for star in stars)).encode()).hexdigest()[:16]
 
 
 def training_id_of(run: Any) -> str | None:
-    """None for what another program put into the history in another form."""
+    """The ID in a record; None for an entry that another program wrote in another form."""
     config = run.get("config") if isinstance(run, dict) else None
     return config.get("training_id") if isinstance(config, dict) else None
 
 
 def put_into_history(path: Path, record: dict) -> None:
-    """Append a run, or put it in the place of what was recorded of it before it was resumed.
+    """Append a run's record, or replace the one from before the run was resumed.
 
-    Runs that end together wait for each other, and a damaged file is set aside, not lost.
+    Runs that end together wait for each other. A damaged file is set aside, not lost.
     """
     with file_lock(path.with_name(f".{path.name}.lock"), timeout=-1):
         remove_leftovers(path)
@@ -318,7 +318,7 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # The repository around this file need not be the one that this file belongs to.
+        # The surrounding repository may be another project's.
         git("ls-files", "--error-unmatch", Path(__file__).name)
         changes = git("status", "--porcelain", "-uno", "--", "*.py")
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")

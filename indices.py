@@ -44,7 +44,7 @@ def measure_indices(prepared: np.ndarray, redshift: float = 0.0) -> Values:
     """The values of COLUMNS; NaN, "" or None where one cannot be measured.
 
     prepared: (2, 3522), flux over its median, and its inverse variance, on preparation.WAVELENGTH. Bad pixels (inverse
-    variance 0) are not used; an equivalent width needs all pixels of the line. The errors are of the first order.
+    variance 0) are not used; an equivalent width needs all pixels of the line. Errors are propagated to first order.
     """
     flux, ivar = prepared.astype(np.float64)
     wavelength = WAVELENGTH / (1 + redshift)
@@ -84,14 +84,14 @@ def _measure_metallicity(indices: np.ndarray, covariance: np.ndarray) -> Values:
 
 
 def _measure_line(wavelength: np.ndarray, flux: np.ndarray, ivar: np.ndarray) -> Values:
-    """Of Hα. is_active is None in a spectrum of S/N below 3 there."""
+    """Equivalent width and activity of Hα; is_active is None where the S/N of the continuum is below 3."""
     line, *windows = (_pixels(wavelength, limits) for limits in (LINE, *LINE_CONTINUUM))
     means, variances = np.transpose([_mean(flux, ivar, window) for window in windows])
-    # The continuum at the line's centre is on a straight line between the windows, of which a part may be bad.
+    # Linear interpolation between the windows; each is at the mean wavelength of its good pixels.
     blue, red = (_mean(wavelength, ivar, window)[0] for window in windows)
     fraction = (np.mean(LINE) - blue) / (red - blue)
-    shares = np.array([1 - fraction, fraction])
-    continuum, continuum_variance = shares @ means, shares**2 @ variances
+    sides = np.array([1 - fraction, fraction])
+    continuum, continuum_variance = sides @ means, sides**2 @ variances
     if not (continuum > 0 and ivar[line].all()):
         return {"EW_Halpha": np.nan, "EW_Halpha_err": np.nan, "is_active": None}
     weights = np.gradient(wavelength[line])  # Å, of the trapezoidal rule

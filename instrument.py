@@ -1,7 +1,7 @@
 """SDSS's spectrograph and camera, simulated: what they do to a spectrum and to the image of a field.
 
-Noise is tuned to ivar and sky of three public spectra (plates 618, 1123 and 5047), whose S/N it gives to a
-quarter for their r magnitudes. Colour images: Lupton et al. 2004 (PASP 116, 133).
+The noise is tuned to ivar and sky of three public spectra (plates 618, 1123 and 5047): at their r magnitudes it gives
+their S/N to within a quarter. Colour images: Lupton et al. 2004 (PASP 116, 133).
 """
 
 import functools

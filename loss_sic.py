@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def contrastive_loss(align_logits: Tensor) -> Tensor:
-    """Mean cross-entropy, by row and by column, of finding star i's spectrum for its image and the reverse.
+    """Symmetric cross-entropy: each image must find its own spectrum (rows), and each spectrum its image (columns).
 
     align_logits: (B, B), image i against spectrum j. Zero for a batch of one.
     """
@@ -21,7 +21,7 @@ def loss_terms(
 
     align_logits: (B, B), or None for a network of one modality, whose contrastive term is zero.
     fuse_logits: (B, num_classes).
-    targets: (B,) class indices, or (B, num_classes) weights of the classes in mixed stars.
+    targets: (B,) class indices, or (B, num_classes) class weights of stars after mixup.
     """
     classification = F.cross_entropy(fuse_logits, targets)
     if align_logits is None or sic_weight == 0:

@@ -3,10 +3,10 @@
     references = fit_references(prepared, training_rows)                # train.py keeps them in the checkpoint
     score = outlier_score("spectra", spectra, references["spectra"])    # predict.py: (B,), an outlier above 1
 
-A few numbers stand for each input: of a spectrum its mean flux in 32 bands, of an image the median brightness of 6
-rings around its centre in 3 colours, which neighbours in the field hardly change. The score is the star's Mahalanobis
+Each input is summarised: a spectrum by its mean flux in 32 bands, an image by the median brightness of 6 rings around
+its centre in 3 colours, which neighbours in the field hardly change. The score is the star's Mahalanobis
 distance from the training stars over the distance that 99.5 % of these keep within. Their covariance is shrunk after
-Ledoit & Wolf 2004 (J. Multivariate Analysis 88, 365), sound also for fewer stars than numbers.
+Ledoit & Wolf 2004 (J. Multivariate Analysis 88, 365), which also works for fewer stars than numbers.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ SUMMARIES = {"spectra": summarise_spectra, "images": summarise_images}
 
 
 def fit_references(prepared: PreparedStars, rows: np.ndarray) -> References:
-    """What `outlier_score` compares with, for each input of the training stars, `rows` of the prepared ones."""
+    """The reference of each input for `outlier_score`, fitted to the training stars: `rows` of the prepared ones."""
     references = {}
     for kind, summarise in SUMMARIES.items():
         inputs = getattr(prepared, kind)
@@ -57,7 +57,7 @@ def _fit(summaries: np.ndarray) -> dict[str, Tensor]:
     from sklearn.covariance import LedoitWolf  # here: it takes a second, which classification does not need
     from sklearn.model_selection import KFold
 
-    # Each star is measured by a fit without it: stars lie closer to a mean that they made themselves.
+    # Cross-validated: a star lies closer to a mean that it is part of.
     folds = KFold(min(FOLDS, len(summaries)), shuffle=True, random_state=0).split(summaries)
     squares = [LedoitWolf().fit(summaries[others]).mahalanobis(summaries[held_out]) for others, held_out in folds]
     limit = np.quantile(np.sqrt(np.concatenate(squares)), ORDINARY)

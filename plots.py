@@ -27,7 +27,7 @@ __all__ = ["Axes", "Figure", "new_figure"]
 def new_figure(path: Path, figsize: tuple[float, float], *, dpi: int = 150, software: str = "") -> Iterator[Figure]:
     """Yield a figure to draw on; when the block succeeds, it becomes the PNG file `path`.
 
-    software: the PNG's entry of this name, by which a script knows its own files.
+    software: written into the PNG's metadata, so that a script recognises its own files.
     """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

@@ -5,25 +5,25 @@
     python predict.py checkpoints/best_model_ID.pth --data-dir DIR --output hyades.vot
     torchrun --nproc-per-node=4 predict.py checkpoints/best_model_ID.pth        on four GPUs
 
-FILEs need no catalogue, and a network of both inputs gets no image of them. DIR/objects.csv needs the columns name,
-plate, mjd, fiberID, or the column file; subclass may be absent, empty or anything. These stars' files are found by
-their names wherever they lie below spectra/ and images/. Each star gets a row:
+FILEs need no catalogue; a network of both inputs classifies them without images. DIR/objects.csv needs the columns
+name, plate, mjd, fiberID, or the column file; subclass is optional. Its stars' files are found by their names anywhere
+below spectra/ and images/. The table has a row for each star:
 
     ra, dec                              from the catalogue or the spectrum
-    catalog_subclass                     of the catalogue; of a FILE, the class that its survey wrote into it
+    catalog_subclass                     the catalogue's label; for a FILE, the survey's class in its header or table
     predicted_subclass, p_M0 ... p_M4    the most probable subclass, and the calibrated probability of each
     spectral_type                        "M2.5 +/- 0.4": mean and standard deviation of the subclass over the
                                          probabilities; with more digits in expected_subclass and expected_subclass_std
     TiO5, CaH2, CaH3                     band indices, each with its error, _err, from the spectrum's noise
     zeta, metallicity_class              dM, sdM, esdM or usdM (indices.py)
     EW_Halpha, is_active                 equivalent width in Angstrom, positive in emission
-    outlier_score, is_outlier            above 1, True: farther from the training stars than 99.5 % of these are
-                                         (outliers.py); its subclass should not be trusted
+    outlier_score, is_outlier            a star above 1 is an outlier, farther from the training stars than 99.5 % of
+                                         them are (outliers.py): do not trust its subclass
     problem                              why it cannot be classified
 
-The ending of --output tells its format: .csv, .ecsv, .fits or .vot (VOTable); all but CSV have units and descriptions.
-After an interruption the same command goes on where it was. An earlier output of this script is replaced, any other
-file of that name is not.
+The ending of --output sets its format: .csv, .ecsv, .fits or .vot (VOTable); all but CSV have units and descriptions.
+After an interruption, the same command resumes. An earlier output of this script is replaced, any other file of that
+name is not.
 """
 
 import argparse
@@ -38,13 +38,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
-    add("files", nargs="*", type=Path, metavar="FILE", help="a spectrum, perhaps gzipped")
+    add("files", nargs="*", type=Path, metavar="FILE", help="a spectrum, may be gzipped")
     add("--data-dir", type=Path, metavar="DIR", default=argparse.SUPPRESS,
-        help="in place of FILEs; holds objects.csv, spectra/ and images/ (default: .)")  # fmt: skip
-    add("--output", type=table_path, default=Path("predictions.csv"), metavar="TABLE", help="gets a row for each star")
+        help="instead of FILEs: directory with objects.csv, spectra/ and images/ (default: .)")  # fmt: skip
+    add("--output", type=table_path, default=Path("predictions.csv"), metavar="TABLE", help="file for the table")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--num-workers", type=number_between(int, 0, 256), default=min(8, os.cpu_count() or 1),
-        help="processes that decode the stars' files")  # fmt: skip
+        metavar="N", help="worker processes that decode the stars' files")  # fmt: skip
     parser.add_quiet()
     args = parser.parse_intermixed_args(argv)  # FILEs may stand behind options
     if args.files and "data_dir" in args:
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Classify the stars; of several processes each has chunks of its own, and the first writes the table."""
+    """Classify the stars. With several processes, each has chunks of its own, and the first writes the table."""
     refuse_foreign_table(args.output)
     files = dict(map(star_of_file, args.files)) or find_stars(args.data_dir)
     stars = list(files)
@@ -137,14 +137,14 @@ def find_stars(data_dir: Path) -> dict[Star, Paths]:
 
 
 def complete(star: Star, row: dict[str, str]) -> Star:
-    """The star as its files showed it."""
+    """The star, with `simulated` and the position as found in its files."""
     return star._replace(
         simulated=row["simulated"] == "True", ra=float(row["ra"] or "nan"), dec=float(row["dec"] or "nan")
     )
 
 
-# The parts of the table: a file for each chunk of stars. So memory stays flat, several processes can work on one table,
-# and an interrupted run can go on.
+# The table is written in parts, a file for each chunk of stars: memory stays flat, several processes can work on one
+# table, and an interrupted run can resume.
 
 
 @contextlib.contextmanager
@@ -167,9 +167,9 @@ def claim_folder(output: Path) -> Iterator[Path]:
 
 
 def plan_parts(folder: Path, files: dict[Star, Paths], checkpoint: Path) -> tuple[list[Path], list[Path]]:
-    """The paths of all parts, and those that are not there yet; as the first process sees it.
+    """The paths of all parts, and of those still missing, as the first process sees them.
 
-    Parts of an interrupted run are there if it had the same checkpoint, stars and files.
+    Parts of an interrupted run are kept if it had the same checkpoint, stars and files.
     """
     plan = None
     if distributed.rank() == 0:
@@ -204,9 +204,10 @@ def classify_chunks(
 
 
 def report(output: Path, stars: list[Star], rows: Iterable[dict[str, str]]) -> int:
-    """Print how many stars are of which subclass, active, metal-poor or outliers, and which have no prediction and why.
+    """Print the number of stars by subclass, of active and metal-poor ones, the outliers, and the stars not classified
+    by reason.
 
-    Returns how many have one.
+    Returns the number of classified stars.
     """
     outliers: list[str] = []
     subclasses: Counter[str] = Counter()

@@ -3,8 +3,8 @@
     inputs = read_star(INPUTS["fusion"], star, FileIndex(data_dir).files(star))
     [row] = classify(classifier, checkpoint["references"], [inputs])
 
-A star can be classified where a network could have been trained on it: cache.py has the rule. A spectrum needs no
-catalogue: `star_of_file` makes the star.
+The rule by which a star can be classified is that of training, `cache.check_star`. A spectrum needs no catalogue:
+`star_of_file` makes the star.
 """
 
 import math
@@ -38,12 +38,12 @@ class StarInputs(NamedTuple):
 
 
 def star_of_file(path: Path) -> tuple[Star, Paths]:
-    """A star that is only known from its spectrum, and its files."""
+    """A star known only from its spectrum, and its files."""
     return Star(SPECTRUM_ENDING.sub("", path.name), "", 0, 0, 0, file=str(path)), {"spectra": path, "images": None}
 
 
 def inputs_without_images(classifier: Classifier) -> tuple[str, ...]:
-    """The kinds of input of stars that are only known from their spectra. Raises DataError for a network of images."""
+    """The kinds of input of stars known only from their spectra. Raises DataError for a network of images."""
     recipe = classifier.recipe
     if recipe.modality == "image":
         raise DataError("this network classifies images; spectra need one of --modality spectrum or fusion")
@@ -57,7 +57,7 @@ def inputs_without_images(classifier: Classifier) -> tuple[str, ...]:
 
 def read_star(kinds: tuple[str, ...], star: Star, paths: Paths) -> StarInputs:
     """Decode the files of a star that is to be classified from these kinds of input, "spectra" and "images"."""
-    # The spectrum is read in any case: it says where it was taken, and its indices are measured.
+    # The spectrum is always read: for its position, and to measure its indices.
     read = {kind: path for kind, path in paths.items() if path and kind in (*kinds, "spectra")}
     decoded = {kind: decode_file(kind, path, star) for kind, path in read.items()}
     checked = check_star(star, paths, {kind: finding for kind, (finding, _) in decoded.items()}, kinds)
@@ -71,8 +71,8 @@ def read_star(kinds: tuple[str, ...], star: Star, paths: Paths) -> StarInputs:
 
 
 def classify(classifier: Classifier, references: References, stars: Sequence[StarInputs]) -> list[dict[str, Any]]:
-    """The table's row of each star, by column, None where a value is not known; a star with a problem has neither
-    prediction nor indices."""
+    """The table's row of each star, by column; None is an unknown value. A star with a problem has neither prediction
+    nor indices."""
     usable = [entry for entry in stars if not entry.problem]
     at_once = STARS_AT_ONCE[next(classifier.parameters()).device.type]
     batches = (make_batch(classifier, usable[start : start + at_once]) for start in range(0, len(usable), at_once))
@@ -111,14 +111,14 @@ def predict_batch(classifier: Classifier, references: References, batch: Batch) 
     """The predicted columns of each star, from the calibrated probabilities p_k of the subclasses k = 0 to 4.
 
     spectral_type "M2.5 ± 0.4" is the mean Σ k p_k and the standard deviation √(Σ k² p_k − mean²): how widely the
-    probability is spread over the subclasses. It is no error of the labels that the network was trained on, whose zero
-    point differs from survey to survey, and none for a star outside M0 to M4, which the mean cannot leave.
+    probability is spread over the subclasses. It does not include the errors of the training labels, whose zero point
+    differs between surveys, and does not hold for stars outside M0 to M4, where the mean cannot go.
     """
     probabilities = classifier.probabilities(classifier(batch)[2]).cpu()
     subclass = torch.arange(len(CLASS_NAMES), dtype=torch.float64)
     mean = probabilities @ subclass
     std = (probabilities * (subclass - mean[:, None]) ** 2).sum(dim=1).sqrt()
-    # An odd image makes a star odd, whatever its spectrum, and the reverse: the larger score counts.
+    # A star is an outlier if its spectrum or its image is: the larger score counts.
     seen = {"spectra": batch.spectra, "images": batch.images if batch.image_mask is None else None}
     scores = [outlier_score(kind, seen[kind], references[kind]) for kind in seen if seen[kind] is not None]
     score = torch.stack(scores).amax(dim=0)

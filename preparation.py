@@ -134,7 +134,7 @@ class Standardisation(nn.Module):
     """Prepared stars to the network's inputs; its statistics are those of the training stars.
 
     forward: spectra (B, 2, 3522) as of `prepare_spectrum`, images (B, 3, 128, 128) with values 0…255, or None →
-    specs (B, 3522), flux less the mean spectrum over one scale; imgs (B, 3, 128, 128), normalised as for ImageNet.
+    specs (B, 3522), (flux − mean spectrum) / scale; imgs (B, 3, 128, 128), normalised as for ImageNet.
     """
 
     def __init__(self, recipe: Recipe) -> None:

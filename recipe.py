@@ -1,8 +1,8 @@
-"""The choices that make a run, by name: the paper's recipe, and an improved one.
+"""The hyper-parameters of a run: the paper's recipe, and an improved one.
 
     python train.py                                     PAPER, the default
     python train.py --recipe improved                   IMPROVED
-    python train.py --recipe paper --mixup 0.5          one choice changed: an ablation
+    python train.py --recipe paper --mixup 0.5          one field changed: an ablation
     dataclasses.replace(PAPER, mixup=0.5)               the same in Python
 
 Each field of `Recipe` is an option of train.py. Its default is the paper's or, where the paper is silent, the usual
@@ -31,7 +31,7 @@ _fraction = number_between(float, 0, 1)
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     # The network: the paper, and the authors' code (github.com/Gajiln/Spectrum-Image-Star-Classification).
-    modality: str = _option("fusion", MODALITIES, "inputs of the network; the paper's: both")
+    modality: str = _option("fusion", MODALITIES, "inputs of the network; fusion: both")
     image_backbone: str = _option("resnet152", IMAGE_BACKBONES, "torchvision ResNet of the image encoder")
     image_weights: str = _option("imagenet", str, "initial weights of the ResNet: imagenet, none, or a file's path")
     num_layers: int = _option(8, number_between(int, 1, 48), "layers of the Transformer; the authors' 8")
@@ -44,17 +44,17 @@ class Recipe:
     warmup_epochs: float = _option(
         2.0, number_between(float, 0, 10**6), "epochs of warm-up, at most a third of the run"
     )
-    weight_decay: float = _option(0.01, number_between(float, 0, 10), "of AdamW; not on biases, norms, embeddings")
-    max_gradient_norm: float = _option(1.0, number_between(float, 1e-9, 1e9), "gradients are clipped at this norm")
+    weight_decay: float = _option(0.01, number_between(float, 0, 10), "AdamW's; not for biases, norms, embeddings")
+    max_gradient_norm: float = _option(1.0, number_between(float, 1e-9, 1e9), "gradients are clipped to this norm")
 
-    # Spectra: flux over its median, less the training stars' mean spectrum, over one scale.
-    continuum_degree: int = _option(-1, number_between(int, -1, 20), "of the polynomial taken off spectra; -1: none")
-    smoothing: float = _option(0.0, number_between(float, 0, 100), "sigma of a Gaussian in pixels, weighted by ivar")
+    # Spectra: (flux / median − mean spectrum of the training stars) / one scale for all pixels.
+    continuum_degree: int = _option(-1, number_between(int, -1, 20), "polynomial subtracted from spectra; -1: none")
+    smoothing: float = _option(0.0, number_between(float, 0, 100), "sigma of the spectra's smoothing, pixels; 0: none")
 
     # Augmentation: none.
-    mixup: float = _option(0.0, _fraction, "largest weight of another star of the same or an adjacent class")
-    rotate_and_flip: int = _option(0, (0, 1), "images are rotated by quarter turns and mirrored")
-    image_dropout: float = _option(0.0, _fraction, "fraction of the stars whose image is hidden, of both inputs")
+    mixup: float = _option(0.0, _fraction, "maximum weight of another star of the same or an adjacent class")
+    rotate_and_flip: int = _option(0, (0, 1), "rotate images by quarter turns and mirror them")
+    image_dropout: float = _option(0.0, _fraction, "fraction of the images hidden in training; fusion only")
 
 
 PAPER = Recipe()
@@ -66,27 +66,29 @@ RECIPES = {"paper": PAPER, "improved": IMPROVED}
 
 
 def option_name(field: str) -> str:
+    """The option of a field of Recipe: "--epochs" of num_epochs."""
     return "--" + field.removeprefix("num_").replace("_", "-")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """--recipe, and an option for each field of Recipe that overrides it."""
     parser.add_argument(
-        "--recipe", choices=RECIPES, default="paper", help="the choices that the options below override"
+        "--recipe", choices=RECIPES, default="paper", help="values of the options below that are not given"
     )
-    group = parser.add_argument_group("recipe", "each option changes one choice")
+    group = parser.add_argument_group("recipe", "each option overrides one field of the recipe")
     for field in dataclasses.fields(Recipe):
         values = {name: getattr(recipe, field.name) for name, recipe in RECIPES.items()}
-        shown = f"improved: {values['improved']}" if values["improved"] != values["paper"] else ""
+        improved = f"; improved: {values['improved']}" if values["improved"] != values["paper"] else ""
+        text = f"{field.metadata['help']} (paper: {values['paper']}{improved})"
         parse = field.metadata["parse"]
-        kind = {"choices": parse, "type": type(parse[0])} if isinstance(parse, tuple) else {"type": parse}
-        if not isinstance(parse, tuple):
-            kind["metavar"] = "X"
-        text = f"{field.metadata['help']} (paper: {'; '.join(filter(None, [str(values['paper']), shown]))})"
+        if isinstance(parse, tuple):
+            kind = {"choices": parse, "type": type(parse[0])}
+        else:
+            kind = {"type": parse, "metavar": "X"}
         group.add_argument(option_name(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **kind)
 
 
 def recipe_from(args: argparse.Namespace, **defaults: Any) -> Recipe:
-    """The recipe that --recipe names, with `defaults` and then the options given on the command line in place."""
+    """The recipe that --recipe names, overridden by `defaults`, and these by the options on the command line."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe) if hasattr(args, field.name)}
     return dataclasses.replace(RECIPES[args.recipe], **(defaults | given))

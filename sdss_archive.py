@@ -32,7 +32,7 @@ BOSS_RUN2D = {"dr16": "v5_13_0", "dr17": "v5_13_2"}
 
 HEADERS = {
     "User-Agent": f"m-star-classification/1.0 ({requests.utils.default_user_agent()})",
-    "Accept-Encoding": "identity",  # the files as they are: what is packed may unpack to any size
+    "Accept-Encoding": "identity",  # no compression: a small body could unpack to any size
 }
 RETRYABLE_STATUSES = frozenset({408, 429, *range(500, 600)})
 BACKOFF_FACTOR = 1.0  # waits before the retries: 0, 2, 4, 8, … s
@@ -87,7 +87,6 @@ def run2d_candidates(star: Star, release: str = DEFAULT_RELEASE) -> tuple[str, .
 
 def later_release(star: Star, sas_url: str) -> str | None:
     """A sentence about a star whose specObjID names a run2d after that of the archive's release; else None."""
-
     run2d, release = run2d_in_name(star) or "", release_of(sas_url)
     version, newest = ([int(number) for number in re.findall(r"\d+", name)] for name in (run2d, BOSS_RUN2D[release]))
     if run2d.startswith("v") and version > newest:
@@ -108,7 +107,7 @@ def spectrum_urls(star: Star, sas_url: str = SAS_URL, *, full: bool = False) -> 
 
 
 def cutout_url(ra: float, dec: float, skyserver_url: str = SKYSERVER_URL) -> str:
-    """Of the 25.6″ field around a position in degrees (J2000)."""
+    """Address of the cutout of the 25.6″ field around a position in degrees (J2000)."""
     query = {"ra": f"{ra:.7f}", "dec": f"{dec:.7f}", "scale": CUTOUT_SCALE, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
     return f"{skyserver_url}/ImgCutout/getjpeg?{urlencode(query)}&opt="
 
@@ -117,9 +116,9 @@ def cutout_url(ra: float, dec: float, skyserver_url: str = SKYSERVER_URL) -> str
 
 
 class FetchError(Exception):
-    """Why a file could not be had, in one line. `status`: HTTP status, 0 if there was none.
+    """A file could not be fetched; the message says why, in one line. `status`: HTTP status, 0 if there was none.
 
-    `is_transient`: it may be had later; else the answer is final.
+    `is_transient`: a later attempt may succeed; otherwise the answer is final.
     """
 
     def __init__(self, reason: str, status: int = 0, *, is_transient: bool) -> None:
@@ -129,7 +128,7 @@ class FetchError(Exception):
 
 
 class BadBodyError(FetchError):
-    """A body came, but cut off, damaged or of another file: worth asking again."""
+    """The body of a response is cut off, damaged or of another file: worth a retry."""
 
 
 class PoliteRetry(urllib3.Retry):
@@ -157,7 +156,7 @@ class Pacer:
 
 
 def open_session(retries: int) -> requests.Session:
-    """A session that asks again, with exponential back-off, if a connection or the server fails for the moment."""
+    """A session that retries transient failures of the connection or the server, with exponential back-off."""
     retry = PoliteRetry(
         total=retries,
         status_forcelist=RETRYABLE_STATUSES,
@@ -231,10 +230,10 @@ def page_text(body: bytes, length: int = PAGE_LENGTH) -> str:
 
 
 def ask_again(ask: Callable[[], Any], retries: int) -> Any:
-    """What `ask` returns, after further attempts if it raises BadBodyError.
+    """Call `ask`, again if it raises BadBodyError, and return its result.
 
-    The session's own retries end with the headers of an answer; these are for its body. Another
-    file than the wanted one may be a passing error: one that comes twice is the answer.
+    The session's own retries end with the headers of a response; these are for its body. A wrong file
+    may be a passing error; if it comes twice, it is final.
     """
     for attempt in range(retries):
         try:

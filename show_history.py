@@ -1,12 +1,12 @@
-"""Print the runs in training_history.json, the best of each data set marked; draw some of them over each other.
+"""Print the runs in training_history.json with the best of each data set marked; plot the curves of some together.
 
     python show_history.py                                      a table of all runs
     python show_history.py ID ID                                and the curves of these in plots/comparison.png
     python show_history.py --history demo/training_history.json
 
-Scores compare only between runs that were scored on the same stars. Such runs carry the same number in the column
-"set", and the best validation F1 of a set with two runs or more gets a star. Where the intervals of two runs overlap,
-chance may have chosen between them. Validation scores were used for checkpoint selection: they are optimistic.
+Compare scores only between runs that were scored on the same stars. Such runs have the same number in the column "set",
+and an asterisk marks the best validation F1 of a set with two runs or more. Where the intervals of two runs overlap,
+their difference may be chance. Validation scores were used for checkpoint selection: they are optimistic.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from cli import ScriptParser
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
-    add("training_ids", nargs="*", metavar="ID", help="two runs or more, whose curves are drawn")
-    add("--history", type=Path, default=Path("training_history.json"), metavar="JSON", help="the file of runs")
+    add("training_ids", nargs="*", metavar="ID", help="plot the curves of these runs, two or more")
+    add("--history", type=Path, default=Path("training_history.json"), metavar="JSON", help="file of the runs")
     add("--output", type=Path, default=Path("plots/comparison.png"), metavar="PNG",
-        help="gets the curves; an earlier comparison is replaced, no other file is")  # fmt: skip
+        help="file for the curves; an earlier comparison is replaced, no other file is")  # fmt: skip
     args = parser.parse_args(argv)
     if len(args.training_ids) == 1:
         parser.error("name two runs or more, or none; the curves of one run are in plots/training_plot_ID.png")
@@ -39,7 +39,7 @@ from cli import DataError, refuse_foreign_file, run_as_script
 from plots import new_figure
 
 UNKNOWN = "–"
-SOFTWARE = Path(__file__).name  # the mark of this script's pictures
+SOFTWARE = Path(__file__).name  # identifies this script's PNG files
 # Runs that agree in all of these were scored on the same stars.
 SAME_STARS = ("csv_file", "stars", "stars_by_class_and_split", "held_out_stars")
 CURVES = ("train_loss", "val_loss", "val_f1")
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """The entries of each run by their names, whichever part of its record they stand in; old records lack some."""
+    """The entries of each run in one dictionary, from all parts of its record; old records lack some."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def choose_runs(runs: list[dict[str, Any]], training_ids: list[str], path: Path)
 
 
 def scored_on(run: dict[str, Any]) -> str | None:
-    """The same for runs that were scored on the same stars; None where the record does not name them."""
+    """A key, equal for runs that were scored on the same stars; None if the record does not name them."""
     return json.dumps([run[key] for key in SAME_STARS]) if run.keys() >= set(SAME_STARS) else None
 
 

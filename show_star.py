@@ -1,13 +1,13 @@
-"""Draw stars: spectrum, image and, with a checkpoint, the network's input, its answer and the reasons for it.
+"""Draw stars: spectrum, image and, with a checkpoint, the network's input, its prediction and an occlusion map.
 
-    python show_star.py --data-dir DIR                               a few stars of each class: is my data read right?
-    python show_star.py NAME NAME --data-dir DIR                     a page for each, plots/star_PLATE-MJD-FIBERID.png
-    python show_star.py NAME --data-dir DIR --checkpoint CHECKPOINT  and its probabilities, and which bands decided
+    python show_star.py --data-dir DIR                               a few stars of each class, to check the data
+    python show_star.py NAME NAME --data-dir DIR                     a page each, plots/star_PLATE-MJD-FIBERID.png
+    python show_star.py NAME --data-dir DIR --checkpoint CHECKPOINT  with its probabilities, and the bands that decided
     python show_star.py spec-*.fits --checkpoint CHECKPOINT          the same of spectra, without a catalogue
 
-NAME is the star's in objects.csv, or plate-mjd-fiberID. Which bands decided is tried out: a piece of the spectrum is
-replaced by the mean spectrum of the training stars. What the log odds of the predicted subclass lose, that piece had
-contributed; if they gain, it spoke against. In an M star one expects the bands of TiO.
+NAME is the star's name in objects.csv, or plate-mjd-fiberID. The occlusion map replaces one piece of the spectrum after
+the other by the training stars' mean spectrum. The drop in the log odds of the predicted subclass is the contribution
+of that piece; a rise means that the piece speaks against the subclass. In M stars, expect the TiO bands.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from cli import ScriptParser
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="the stars, or files, to draw; none: a sheet with stars of each class")
-    add("--data-dir", type=Path, default=Path("."), metavar="DIR", help="holds objects.csv, spectra/ and images/")
+    add("names", nargs="*", metavar="NAME", help="stars or files to draw; none: a sheet with stars of each class")
+    add("--data-dir", type=Path, default=Path("."), metavar="DIR",
+        help="directory with objects.csv, spectra/ and images/")  # fmt: skip
     add("--checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
     add("--output-dir", type=Path, default=Path("plots"), metavar="DIR",
-        help="gets the PNG files; an earlier one of this script is replaced, no other file is")  # fmt: skip
+        help="directory for the PNG files; earlier ones of this script are replaced, no other file is")  # fmt: skip
     parser.add_quiet()
     args = parser.parse_args(argv)
     if args.checkpoint and not args.names:
@@ -50,12 +51,11 @@ from catalog import CLASS_NAMES, SPECTRUM_ENDING, Star, describe, read_catalog
 from checkpoint import load_checkpoint
 from classifier import Classifier
 from cli import DataError, quietly, refuse_foreign_file, run_as_script
-from dataset import Batch
 from mdwarf import air_to_vacuum
 from outliers import References
 from plots import Axes, new_figure
 from prediction import StarInputs, classify, inputs_without_images, make_batch, read_star, star_of_file
-from preparation import SPECTRUM_LENGTH, WAVELENGTH
+from preparation import SPECTRUM_LENGTH, WAVELENGTH, Batch
 from star_files import FileIndex, catalog_path
 from survey_files import CUTOUT_SCALE, IMAGE_SIZE, Cutout, Spectrum, read_cutout, read_spectrum
 
@@ -70,8 +70,8 @@ FEATURES = (  # Å, air
 )
 COLOURS = {"TiO": "tab:red", "CaH": "tab:blue", "Na": "tab:orange", "Hα": "tab:purple"}
 SHEET_STARS = 3  # of each class
-WINDOW, STEP = 110, 55  # pixels replaced at once: 1/32 of the spectrum, as a token is; and from one to the next
-SOFTWARE = Path(__file__).name  # the mark of this script's pictures
+WINDOW, STEP = 110, 55  # pixels of an occluded piece, 1/32 of the spectrum as a token is; and from one to the next
+SOFTWARE = Path(__file__).name  # identifies this script's PNG files
 
 
 class Page(NamedTuple):
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def choose_stars(names: list[str], data_dir: Path) -> tuple[dict[Star, Paths], dict[Star, Paths]]:
-    """The stars that are named as files, and those that are named in the catalogue, with their files."""
+    """The stars given as files, and those given by their names in the catalogue, with the paths of their files."""
     spectra = {name: Path(name) for name in names if SPECTRUM_ENDING.search(name)}
     files, listed = dict(map(star_of_file, spectra.values())), {}
     if others := [name for name in names if name not in spectra]:
@@ -223,9 +223,9 @@ def draw_probabilities(axes: Axes, row: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def occlusion_map(classifier: Classifier, star: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Of a batch of one star: the centre of each piece (Å), and what the log odds of its class lose without it."""
+    """For a batch of one star: the centre of each piece (Å), and the drop in the log odds of its class without it."""
     flux = star.spectra[0, 0]
-    # What a recipe filters out of a spectrum, its continuum, is not replaced.
+    # The continuum that the recipe filters out is kept.
     ordinary = classifier.standardise.mean + flux - classifier.standardise.filter(star.spectra)[0][0]
     pieces = [slice(start, start + WINDOW) for start in range(0, SPECTRUM_LENGTH - WINDOW + 1, STEP)]
     spectra = star.spectra.repeat(1 + len(pieces), 1, 1)  # the first one stays whole
@@ -248,7 +248,7 @@ def draw_occlusion(axes: Axes, page: Page) -> None:
 
 
 def draw_page(path: Path, page: Page) -> None:
-    """A star's page: its files, and what the network makes of them, as much as there is."""
+    """A star's page: its spectrum and image, the network's input and prediction, as far as there are any."""
     classified, has_input = "predicted_subclass" in page.row, "spectra" in page.inputs.arrays
     spectra = [draw_spectrum] * bool(page.spectrum) + [draw_input] * has_input
     spectra += [draw_occlusion] * (has_input and classified)
@@ -280,7 +280,7 @@ def page_title(page: Page) -> str:
 
 
 def describe_indices(indices: dict[str, Any]) -> str:
-    """In one line, those that were measured."""
+    """The measured ones, in one line."""
     values = [
         f"{name} {indices[name]:.2f} ± {indices[f'{name}_err']:.2f}" + " Å" * name.startswith("EW")
         for name in ("TiO5", "CaH2", "CaH3", "zeta", "EW_Halpha")
@@ -291,7 +291,7 @@ def describe_indices(indices: dict[str, Any]) -> str:
 
 
 def choose_sheet_stars(data_dir: Path) -> tuple[dict[str, list[StarInputs]], int]:
-    """Of each class, and of stars without one, the first stars that can be used; and how many the catalogue has."""
+    """The first usable stars of each class, and of those without label (""); the number of stars in the catalogue."""
     stars, _ = read_catalog(catalog_path(data_dir), labelled=False)
     index, chosen = FileIndex(data_dir), {}
     for subclass in (*CLASS_NAMES, ""):
@@ -306,7 +306,7 @@ def choose_sheet_stars(data_dir: Path) -> tuple[dict[str, list[StarInputs]], int
 
 
 def draw_sheet(path: Path, chosen: dict[str, list[StarInputs]], count: int) -> None:
-    """A row of stars for each class; `count`: of the whole catalogue."""
+    """A row of stars for each class. count: the number of stars in the catalogue."""
     with new_figure(path, (19, 2.3 * len(chosen) + 0.8), dpi=110, software=SOFTWARE) as figure:
         rows = figure.subplots(len(chosen), 2 * SHEET_STARS, squeeze=False, width_ratios=(2.2, 1) * SHEET_STARS)
         for panels, (subclass, members) in zip(rows, chosen.items(), strict=True):

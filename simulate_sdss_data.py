@@ -1,4 +1,4 @@
-"""Simulate M0–M4 stars in the files SDSS serves: the stand-in for the download where there is no network.
+"""Simulate M0–M4 stars in the files SDSS serves: a stand-in for the download where there is no network.
 
     python simulate_sdss_data.py DIR --per-class 80 --seed 1       400 stars: spectra, cutouts, objects.csv
     python simulate_sdss_data.py DIR --per-class 80 --min-snr 10   brighter stars only
@@ -93,7 +93,7 @@ def observe_spectrum(target: Target, rng: np.random.Generator) -> Observation:
 def scale_flux(
     shape: np.ndarray, target: Target, spectrograph: Spectrograph, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
-    """Flux of this shape (1e-17 erg/s/cm²/Å) as bright as the target is wanted, and its r magnitude."""
+    """Flux of this shape (1e-17 erg/s/cm²/Å) with the target's r magnitude or S/N, and its r magnitude."""
     fiber_error = rng.normal(0, FIBER_ERROR)
     if target.snr is None:
         dimming = target.r + fiber_error - mdwarf.r_magnitude(spectrograph.loglam, shape)
@@ -243,20 +243,22 @@ def make_parser(docstring: str) -> cli.ScriptParser:
     """The options of a script that simulates stars."""
     parser = cli.ScriptParser(docstring)
     add, number = parser.add_argument, cli.number_between
-    add("directory", type=Path, metavar="DIR", help="new or empty; gets objects.csv, spectra/ and images/")
-    add("--per-class", type=number(int, 1, 20_000), default=80, help="stars of each of M0…M4")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=1, help="the same seed gives the same files")
-    add("--boss-fraction", type=number(float, 0, 1), default=0.2, help="fraction of BOSS spectra")
+    add("directory", type=Path, metavar="DIR", help="new or empty directory for objects.csv, spectra/ and images/")
+    add("--per-class", type=number(int, 1, 20_000), default=80, metavar="N", help="stars of each of M0…M4")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=1, metavar="N", help="the same seed gives the same files")
+    add("--boss-fraction", type=number(float, 0, 1), default=0.2, metavar="X", help="fraction of BOSS spectra")
     for option, limit, default in zip(("min", "max"), ("lowest", "highest"), DEFAULT_SNR_RANGE, strict=True):
-        add(f"--{option}-snr", type=number(float, 1, 1000), default=argparse.SUPPRESS, help=f"{limit} median S/N a "
-            f"pixel, instead of the catalogue's brightness (default: {default:g} if the other is given)")  # fmt: skip
-    add("--num-workers", type=number(int, 1, 64), default=min(os.cpu_count() or 1, 16), help="processes")
+        add(f"--{option}-snr", type=number(float, 1, 1000), default=argparse.SUPPRESS, metavar="X",
+            help=f"{limit} median S/N a pixel, instead of the catalogue's brightness "
+            f"(default: {default:g} if the other is given)")  # fmt: skip
+    add("--num-workers", type=number(int, 1, 64), default=min(os.cpu_count() or 1, 16), metavar="N",
+        help="worker processes")  # fmt: skip
     parser.add_quiet()
     return parser
 
 
 def run(parser: argparse.ArgumentParser, make_stars: Callable[..., list[Star]], argv: list[str] | None = None) -> None:
-    """Make the stars that the command line asks for, and say what comes next."""
+    """Make the stars that the command line asks for, and print the next step."""
     options = vars(parser.parse_args(argv))
     with cli.quietly(options.pop("quiet")):
         stars = make_stars(**options)

@@ -5,8 +5,8 @@
         spectra/{subclass}/spec-{plate}-{mjd}-{fiberID}.fits, or spectra/{file}
         images/{subclass}/{name}_image.jpg
 
-Scripts write there, for a star without label into spectra/ and images/ themselves. A star's file is
-found by its name wherever it lies below these two, as in SDSS's own archive (spectra/{plate}/...).
+Scripts write there; a star without label has no {subclass}/ in its paths. A star's file is found by its
+name anywhere below spectra/ and images/, as in SDSS's own archive (spectra/{plate}/...).
 """
 
 import functools
@@ -54,7 +54,7 @@ class FileIndex:
         return _only(self._spectra.get((star.plate, star.mjd, star.fiberID), []))
 
     def files(self, star: Star) -> dict[str, Path | None]:
-        """Both, by the name of their arrays."""
+        """The star's spectrum and cutout, by the names of their arrays in the cache; None where there is none."""
         return {"spectra": self.spectrum(star), "images": self.cutout(star)}
 
     def cutout(self, star: Star) -> Path | None:
@@ -95,6 +95,7 @@ def _walk(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _only(paths: list[str]) -> Path | None:
+    """The first of the paths, None if there is none. Raises DataError if the files differ."""
     first, *others = map(Path, sorted(paths)) if paths else (None,)
     for other in others:
         if read_bytes(first) != read_bytes(other):

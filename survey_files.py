@@ -1,6 +1,6 @@
 """The files of one star, read and checked: a FITS spectrum of SDSS or LAMOST, and SDSS's JPEG cutout.
 
-None carries a checksum: a value that was changed into another possible one is not noticed.
+The files carry no checksum: corruption of one value into another plausible one goes unnoticed.
 
 Sources: SDSS's spectra, https://data.sdss.org/datamodel/files/SPECTRO_REDUX/RUN2D/spectra/lite/PLATE4/spec.html, and
 until DR7 https://classic.sdss.org/dr7/dm/flatFiles/spSpec.html; LAMOST's low-resolution spectra,
@@ -36,7 +36,7 @@ IMAGE_SIZE = 128  # pixels a side
 CUTOUT_SCALE = 0.2  # arcsec a pixel of a cutout: a field of 25.6″
 SIMULATED_MARK = b"SIMULATED"  # in the JPEG comment of a simulated cutout
 
-# No file of one star comes near this: a full BOSS spectrum has 3.2 MB.
+# Far above any file of one star: a full BOSS spectrum has 3.2 MB.
 MAX_FILE_BYTES = 64 * 2**20
 
 # A cutout from outside the footprint is black, and an error is text on one colour. A real one with a very dark sky has

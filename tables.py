@@ -5,7 +5,7 @@
     predictions.fits
     predictions.vot     a VOTable
 
-An empty cell is a value that is not known; astropy and TOPCAT show it as such.
+An empty cell is an unknown value; astropy and TOPCAT show it as masked.
 """
 
 import argparse

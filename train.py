@@ -2,15 +2,15 @@
 
     python train.py --demo                                     simulate stars, train on them, in demo/
     python train.py                                            train on ./objects.csv, spectra/, images/
-    python train.py --recipe improved                          with the changes that help; see recipe.py
-    python train.py --modality spectrum --epochs 30            single choices changed
-    python train.py --initial-checkpoint CHECKPOINT            go on from trained weights, on other stars
-    python train.py --resume auto                              go on after Ctrl-C or a crash
+    python train.py --recipe improved                          the improved recipe; see recipe.py
+    python train.py --modality spectrum --epochs 30            single fields of the recipe changed
+    python train.py --initial-checkpoint CHECKPOINT            fine-tune a trained network on other stars
+    python train.py --resume auto                              resume after Ctrl-C or a crash
     torchrun --nproc-per-node=4 train.py                       on four GPUs
     python train.py --evaluate checkpoints/best_model_ID.pth   score a checkpoint on its validation stars
 
-The network is in model.py, its loss in loss_sic.py, every choice in recipe.py, one training step in trainer.py. This
-file is a run: options, epochs, the best checkpoint, the record.
+The network is in model.py, its loss in loss_sic.py, the hyper-parameters in recipe.py, one training step in trainer.py.
+This file is a run: options, epochs, the best checkpoint, the record.
 """
 
 from train_options import parse_arguments
@@ -48,17 +48,17 @@ from simulate_sdss_data import simulate
 from trainer import Trainer
 
 STATISTICS_STARS = 4096  # enough for the mean spectrum and its scale
-STATE_INTERVAL = 60.0  # seconds of training, at least, from one state on the disk to the next
+STATE_INTERVAL = 60.0  # minimum seconds between two states written to the disk
 EPOCH_LINE = (
     "{epoch:3d}/{epochs}  loss {train_loss:6.3f}  val loss {val_loss:6.3f}  accuracy {val_accuracy:.3f}  "
     "precision {val_precision:.3f}  recall {val_recall:.3f}  F1 {val_f1:.3f}{mark}  {seconds:5.1f} s"
 )
 PARTS = {"validation": "used for checkpoint selection: optimistic", "test": "held out"}
-# Choices that an initial checkpoint has made: its network, and the preparation of its inputs
+# Fields of the recipe that an initial checkpoint fixes: its network, and the preparation of its inputs
 FIXED = ("modality", "image_backbone", "image_weights", "num_layers", "smoothing", "continuum_degree")
 
 DEMO_STARS_PER_CLASS = 50
-DEMO_SNR = (5, 60)  # brighter than the catalogue's stars, so that few of them and few epochs do
+DEMO_SNR = (5, 60)  # brighter than the catalogue's stars, so that few stars and few epochs suffice
 
 
 # Training
@@ -123,10 +123,10 @@ def fit(
     trainer: Trainer, loaders: dict[str, StarLoader], training: Training, paths: Paths, contents: dict[str, Any],
     scalars: Any = None,
 ) -> None:  # fmt: skip
-    """Train from the epoch that `training` is at. After each epoch validate, keep the checkpoint if it is the best, and
-    extend the record; from time to time write the state to resume from.
+    """Train from the epoch that `training` has reached. After each epoch: validate, save the checkpoint if it is the
+    best, extend the record; at most once in STATE_INTERVAL, save the state to resume from.
 
-    contents: of a checkpoint, beside classifier and epoch. scalars: TensorBoard's SummaryWriter, gets the metrics, too.
+    contents: entries of the checkpoint beside classifier and epoch. scalars: a TensorBoard SummaryWriter, or None.
     """
     record, classifier = training.record, trainer.classifier
     config, curves, final = record["config"], record["epoch_metrics"], record["final_metrics"]
@@ -176,8 +176,8 @@ def train(
     args: argparse.Namespace, prepared: PreparedStars, unused_stars: dict[str, Any], unfinished: Training | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> dict:  # fmt: skip
-    """A whole run on those stars, or the rest of an unfinished one: split, train; then evaluate the best checkpoint,
-    record, plot. Returns the record. weights: of a checkpoint, to begin with."""
+    """A whole run on the prepared stars, or the rest of an unfinished one: split, train, evaluate the best checkpoint,
+    record, plot. Returns the record. weights: a checkpoint's, to start from."""
     trainer, loaders, splits = set_up(args, prepared, weights)
     classifier = trainer.classifier
     contents = {
@@ -211,7 +211,7 @@ def train(
             with contextlib.suppress(OSError):  # the disk is full: an earlier state may be there
                 training.save(paths.state)
         record["stopped"] = None if stopped is None else str(stopped) or "interrupted"
-        # A run that was stopped is recorded with the epochs that it has done, if it has.
+        # A stopped run is recorded with the epochs that it completed, if any.
         if record["epoch_metrics"]["train_loss"]:
             finish(record, loaders, paths)
         if stopped is None:
@@ -225,7 +225,7 @@ def train(
 def set_up(
     args: argparse.Namespace, prepared: PreparedStars, weights: dict[str, Tensor] | None = None
 ) -> tuple[Trainer, dict[str, StarLoader], dict[str, np.ndarray]]:
-    """A run's trainer; its loaders and the indices of its stars, by part of the split. weights: see make_classifier."""
+    """The trainer; by part of the split, the loaders and the indices of the stars. weights: see `make_classifier`."""
     device, recipe = choose_device(args.device), args.recipe
     torch.manual_seed(args.random_seed)
     splits = split_stars(
@@ -241,8 +241,8 @@ def make_classifier(
     recipe: Recipe, precision: str, prepared: PreparedStars, training_rows: np.ndarray,
     weights: dict[str, Tensor] | None = None,
 ) -> Classifier:  # fmt: skip
-    """A classifier before training, with the standardisation of the training stars; or with weights and
-    standardisation of another one."""
+    """An untrained classifier, with the standardisation of the training stars; or, with `weights`, one with the weights
+    and the standardisation of a checkpoint."""
     classifier = Classifier(recipe, precision)
     if weights:
         classifier.load_state_dict(weights)
@@ -256,7 +256,7 @@ def make_classifier(
 
 
 def open_tensorboard(paths: Paths, record: dict) -> Any:
-    """A SummaryWriter; of a resumed run, epochs that are done again replace those written before."""
+    """A SummaryWriter; in a resumed run, repeated epochs replace those written before."""
     from torch.utils.tensorboard import SummaryWriter  # here: it is optional
 
     return SummaryWriter(paths.tensorboard, purge_step=len(record["epoch_metrics"]["train_loss"]) + 1)
@@ -269,7 +269,7 @@ def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths) -> None:
     temperature, last_epoch = best.calibration_temperature.item(), len(curves["val_loss"])
     final["best_epoch"] = checkpoint["epoch"]
     if checkpoint["epoch"] > last_epoch:
-        return  # a resumed run, stopped before it was where it had been stopped before: its earlier record stays
+        return  # a resumed run, stopped again before it reached its checkpoint's epoch: the earlier record stays
     final |= {"last_epoch": last_epoch, "calibration_temperature": temperature}
     final |= {f"last_{name}": curve[-1] for name, curve in curves.items() if name.startswith("val_")}
     stars = {part: f"{len(loader)} {part} stars of {config['stars']}" for part, loader in loaders.items()}
@@ -297,7 +297,7 @@ def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths) -> None:
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
-    """--evaluate: score a checkpoint on its validation or test stars, or on a directory new to it."""
+    """--evaluate: score a checkpoint on its validation or test stars, or on all stars of another directory."""
     classifier, checkpoint = load_checkpoint(args.evaluate, choose_device(args.device))
     config = checkpoint["config"]
     prepared, _ = read_stars(args.data_dir, classifier.recipe.modality, args.num_workers)
@@ -325,16 +325,17 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 
 
 def note_known_stars(stars: list[Star], path: Path, checkpoint: dict[str, Any]) -> None:
+    """Print how many of the stars the checkpoint's run has used, if any."""
     known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
     if seen := count_known(stars, known):
         print(f"note: {seen} of these stars were used for training or checkpoint selection of {path}: optimistic")
 
 
-# Going on from a checkpoint, or with an unfinished run
+# Starting from a checkpoint, or resuming a run
 
 
 def continue_from(args: argparse.Namespace, classifier: Classifier, checkpoint: dict[str, Any]) -> argparse.Namespace:
-    """The options of a run from --initial-checkpoint: its recipe, with the options on the command line in place.
+    """The options of a run from --initial-checkpoint: the checkpoint's recipe, overridden by the command line.
 
     Raises DataError for an option that does not fit the checkpoint's network or preparation.
     """
@@ -348,7 +349,7 @@ def continue_from(args: argparse.Namespace, classifier: Classifier, checkpoint: 
 
 
 def differing_options(args: argparse.Namespace, unfinished: Training) -> list[str]:
-    """The options on the command line that are not as in the unfinished run."""
+    """The options on the command line that differ from the unfinished run's."""
     now, then = (
         options | options["recipe"] | {"recipe": options["recipe_name"]}
         for options in (history.plain_options(args), unfinished.options)
@@ -361,8 +362,8 @@ def differing_options(args: argparse.Namespace, unfinished: Training) -> list[st
 def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training | None]:
     """The options of the unfinished run that --resume names, and that run.
 
-    With "auto" it is the newest one that agrees with the options on the command line; None if there is none. Raises
-    DataError where an option differs from those of the run that is named.
+    "auto": the newest run that agrees with the options on the command line; None if there is none. A path: raises
+    DataError if an option differs from that run's.
     """
     automatic = args.resume == "auto"
     newest_first = sorted((args.output_dir / "checkpoints").glob(history.STATE_FILES.format("*")), reverse=True)

@@ -15,8 +15,8 @@ EVALUATE_OPTIONS = {"evaluate", "split", "data_dir", "num_workers", "device", "q
 
 
 def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The options; `recipe` is the whole Recipe, `recipe_name` the one that --recipe names, `given` maps the names of
-    those on the command line to the options as written there."""
+    """The options of train.py. Beside its own attributes, the namespace has `recipe`, the whole Recipe; `recipe_name`,
+    the value of --recipe; and `given`, which maps the attributes set on the command line to their options."""
     parser = make_parser(docstring)
     args = parser.parse_args(argv)
     explicit = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN)))
@@ -49,24 +49,24 @@ def make_parser(docstring: str) -> ScriptParser:
     add("--validation-split", type=number(float, 0.001, 0.999), default=0.2, metavar="FRACTION",
         help="fraction of the stars used for checkpoint selection")  # fmt: skip
     add("--test-split", type=number(float, 0, 0.999), default=0.0, metavar="FRACTION",
-        help="fraction of the stars held out")  # fmt: skip
+        help="fraction of the stars held out for the final test")  # fmt: skip
     add("--seed", dest="random_seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N",
         help="random seed of the split and the training")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
     add("--num-workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that decode the stars' files")  # fmt: skip
+        help="worker processes that decode the stars' files")  # fmt: skip
     add("--patience", type=number(int, 1, 10**6), metavar="N",
-        help="stop after N epochs without a new best one, by validation F1")  # fmt: skip
-    add("--initial-checkpoint", type=Path, metavar="CHECKPOINT", help="begin with the weights, the standardisation and "
-        "the recipe of this checkpoint; classes without stars are allowed")  # fmt: skip
-    add("--tensorboard", action="store_true", help="write the curves to tensorboard/ID in --output-dir, too")
+        help="early stopping: end after N epochs without a new best validation F1")  # fmt: skip
+    add("--initial-checkpoint", type=Path, metavar="CHECKPOINT", help="start from the weights, the standardisation "
+        "and the recipe of this checkpoint; classes without stars are allowed")  # fmt: skip
+    add("--tensorboard", action="store_true", help="also write the curves to tensorboard/ID in --output-dir")
     add("--resume", metavar="{auto,FILE}", help="resume an unfinished run from checkpoints/last_state_ID.pth; auto: "
         "the newest one with these options in --output-dir, or a new run if there is none")  # fmt: skip
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="score this checkpoint instead of training")
-    add("--split", choices=("validation", "test", "all"), default="validation", help="the stars that --evaluate "
+    add("--split", choices=("validation", "test", "all"), default="validation", help="stars that --evaluate "
         "scores; all: every star of --data-dir")  # fmt: skip
-    add("--demo", action="store_true", help=f"train on simulated stars, from random weights; all in {DEMO_DIR}/")
+    add("--demo", action="store_true", help=f"simulate stars and train on them from random weights; all in {DEMO_DIR}/")
     parser.add_quiet()
     add_recipe_options(parser)
     return parser

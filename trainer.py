@@ -52,7 +52,7 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _plain_step(self, batch: Batch) -> Tensor:
@@ -65,7 +65,7 @@ class Trainer:
         return losses.detach()
 
     def _losses(self, batch: Batch) -> Tensor:
-        """Of the batch of all processes."""
+        """Both terms of the loss (2,), over the stars of all processes."""
         outputs = (*self.ddp_model(batch), batch.targets)
         return self.classifier.losses(*(None if part is None else distributed.gather_stars(part) for part in outputs))
 
@@ -89,7 +89,7 @@ class Trainer:
 
 
 class CapturedStep:
-    """Runs a step as it is a few times, then captures it as a CUDA graph and replays that; all batches are alike."""
+    """Runs the first steps as they are, then captures one as a CUDA graph and replays it; all batches are alike."""
 
     def __init__(self, step: Callable[[Batch], Tensor]) -> None:
         self.step, self.plain_steps, self.graph = step, 0, None
@@ -118,20 +118,20 @@ class CapturedStep:
 
 
 def make_optimizer(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; weights are decayed; biases, norms and embeddings are not."""
+    """AdamW with weight decay, except on biases, norms and embeddings."""
     named = list(network.named_parameters())
     decayed = [parameter for name, parameter in named if parameter.dim() > 1 and name not in NOT_DECAYED]
     others = [parameter for name, parameter in named if parameter.dim() <= 1 or name in NOT_DECAYED]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     device = named[0][1].device
     on_gpu = device.type == "cuda"
-    # The schedule changes the rate between steps: a graph reads it from the device.
+    # A captured graph reads the learning rate, which the schedule changes between steps, from the device.
     rate = torch.tensor(learning_rate, device=device) if on_gpu else learning_rate
     return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=on_gpu)
 
 
 def warmup_and_cosine(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """The learning rate of a step over its highest: it rises linearly over the warm-up, then falls to zero along a
+    """The learning rate of a step over its peak: it rises linearly over the warm-up, then falls to zero along a
     cosine."""
 
     def rate(step: int) -> float:

@@ -1,4 +1,4 @@
-"""How well the recipes and the classical methods classify the same held-out stars, over several sets of stars.
+"""Compare the recipes and the classical methods on the same held-out stars, over several sets of stars.
 
     python benchmarks/accuracy.py DIR --templates-dir TEMPLATES --workers 8    the whole protocol, for a GPU
     python benchmarks/accuracy.py DIR --rows classical --draws 1 --seeds 1     minutes on two cores
@@ -8,11 +8,11 @@
 A set is a training directory of 400 stars (320 to train, 80 for checkpoint selection) and a test directory of 1000
 held-out stars; it is made in DIR/stars if it is not there. A run is one row on one draw of a set, with one seed of
 split and training. Its result is added to DIR/results.jsonl as it ends, and the same command again does only the runs
-that are missing. Results of a recipe that has changed since do not count; after other changes of the code, take a new
+that are missing. Results of a recipe that has changed since are ignored; after other changes of the code, use a new
 DIR.
 
 DIR/accuracy.md and accuracy.png have the weighted F1 by row and set, snr.png that of the networks by S/N. Differences
-between rows are paired: taken run by run, averaged within a set; their standard error is that over the sets.
+between rows are paired: taken run by run and averaged within a set; their standard error is over the sets.
 
 The sets `kesseli` and `bochanski` are skipped without --templates-dir, which holds the files of mean spectra
 sdss_m_templates.npz and bochanski_m_templates.npz, as template_stars.py describes them.
@@ -80,17 +80,17 @@ Run = dict[str, Any]
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add, count = parser.add_argument, number_between(int, 1, 10_000)
-    add("directory", type=Path, metavar="DIR", help="gets the stars, the results, the table and the figures")
-    add("--sets", nargs="+", choices=SETS, default=list(SETS), help="sets of stars")
-    add("--draws", type=count, default=2, help="of each set: other stars of the same kind")
-    add("--seeds", type=count, default=2, help="of split and training, on each draw")
+    add("directory", type=Path, metavar="DIR", help="directory for the stars, the results, the table and the figures")
+    add("--sets", nargs="+", choices=SETS, default=list(SETS), help="sets of stars to run")
+    add("--draws", type=count, default=2, metavar="N", help="draws of each set: other stars of the same kind")
+    add("--seeds", type=count, default=2, metavar="N", help="seeds of split and training, for each draw")
     add("--rows", nargs="+", metavar="ROW", default=["networks", "classical"], help="networks, classical, or names")
     add("--ablate", choices=RECIPES.keys() - {"paper"}, help='adds the rows "RECIPE without FIELD" and '
         '"paper with FIELD" for each field in which it differs from paper')  # fmt: skip
-    add("--set", nargs="+", metavar="FIELD=VALUE", default=[], dest="fields", help="fields of every network's recipe")
-    add("--templates-dir", type=Path, help="holds published mean spectra")
+    add("--set", nargs="+", metavar="FIELD=VALUE", default=[], dest="fields", help="override fields of all recipes")
+    add("--templates-dir", type=Path, metavar="TEMPLATES", help="directory with the published mean spectra")
     add("--per-class", type=count, nargs=2, metavar=("TRAIN", "TEST"), default=[80, 200], help="stars of each class")
-    add("--workers", type=count, default=2, help="runs at once")
+    add("--workers", type=count, default=2, metavar="N", help="runs in parallel")
     args = parser.parse_args(argv)
     args.fields = parse_fields(args.fields)
     return args
@@ -134,13 +134,13 @@ def choose_rows(args: argparse.Namespace) -> dict[str, Recipe | None]:
 
 
 def star_directories(run: Run, directory: Path) -> list[Path]:
-    """Of the stars to train on, and of those to score on."""
+    """The directories of the stars to train on, and of those to score on."""
     parts = zip(("train", "test"), run["per_class"], strict=True)
     return [directory / "stars" / f"{run['set']}-{run['draw']}-{part}-{count}" for part, count in parts]
 
 
 def make_stars(run: Run, args: argparse.Namespace) -> None:
-    """Make the run's stars and decode their files, where that is not done."""
+    """Make the run's stars and decode their files, unless that is done."""
     name, make = run["set"], simulate
     if name in classical.TEMPLATES:
         make = partial(simulate_from_templates, templates_path=args.templates_dir / classical.TEMPLATES[name])
@@ -176,7 +176,7 @@ def perform(run: Run, directory: Path, templates_dir: Path | None) -> Run:
 def train_network(
     run: Run, training: PreparedStars, test: PreparedStars, directory: Path
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Train as train.py does. Returns how the best checkpoint does, and, beside others, how the last epoch does."""
+    """Train as train.py does. Returns the evaluation of the best checkpoint, and further entries of the result."""
     recipe, seed = Recipe(**run["recipe"]), run["seed"]
     options = parse_training_options(train.__doc__, ["--seed", str(seed)])
     options.recipe, options.validation_split = recipe, VALIDATION_SPLIT
@@ -205,7 +205,7 @@ def train_network(
 
 
 def key(run: Run) -> str:
-    """The same for the same run, and for no other."""
+    """The identity of a run, without its result."""
     return json.dumps([run[name] for name in ("row", "recipe", "set", "draw", "seed", "per_class")], sort_keys=True)
 
 

@@ -41,12 +41,12 @@ def summarise(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_differences(f1: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """The same of the F1 of each row less that of the reference row in the same runs."""
+    """`summarise` of the F1 of each row minus that of the reference row in the same runs."""
     return summarise(f1.sub(f1[reference], axis=0))
 
 
 def as_markdown(results: pd.DataFrame) -> str:
-    """The table, its best row first, and what the best checkpoint is worth."""
+    """The table, its best row first, and the gain from checkpoint selection."""
     f1 = results.pivot(index=["set", "draw", "seed"], columns="row", values="f1")
     by_set = f1.groupby(level=["set", "draw"]).mean().groupby(level="set")
     overall = summarise(f1)

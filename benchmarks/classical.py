@@ -1,4 +1,4 @@
-"""The methods that an astronomer would try first, on spectra as they come: flux over its median.
+"""Classical methods that an astronomer would try first, on spectra as they come: flux over its median.
 
 training, test = observed_stars(Path("training")), observed_stars(Path("test"))
 predictions = methods(seed=1)["random forest"](training, test)        # (N,) class indices
@@ -32,6 +32,7 @@ from star_files import catalog_path
 # Files of mean spectra in a --templates-dir; see template_stars.py.
 TEMPLATES = {"kesseli": "sdss_m_templates.npz", "bochanski": "bochanski_m_templates.npz"}
 
+TIO5_RELATION = (-10.775, 8.200)  # subclass = slope · TiO5 + constant: Reid, Hawley & Gizis 1995 (AJ 110, 1838)
 MAX_INDEX = 2.0  # the indices' continuum is three pixels wide: of a faint star it may be near zero
 
 
@@ -52,10 +53,10 @@ def observed_stars(directory: Path) -> ObservedStars:
     return ObservedStars(prepared.spectra[:].numpy(), magnitudes.to_numpy(), prepared.targets.numpy())
 
 
-Method = Callable[[ObservedStars, ObservedStars], np.ndarray]  # stars to train on, others → classes (N,) of these
+Method = Callable[[ObservedStars, ObservedStars], np.ndarray]  # training stars, test stars → classes (N,) of the latter
 
 
-# What a method reads of N stars
+# Features of N stars
 
 
 def spectra(stars: ObservedStars) -> np.ndarray:
@@ -117,7 +118,7 @@ def class_templates(path: Path) -> np.ndarray:
 
 
 def methods(seed: int, templates_dir: Path | None = None) -> dict[str, Method]:
-    """By name; the fits to published templates only where `templates_dir` has them."""
+    """The methods by name; the fits to published templates only if `templates_dir` has them."""
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     tuned = partial(GridSearchCV, cv=folds, scoring="f1_weighted")
     cost = {"svc__C": [1, 10, 100]}

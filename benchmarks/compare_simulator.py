@@ -21,13 +21,13 @@ from scipy.ndimage import gaussian_filter1d
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
-from classical import TEMPLATES
+from classical import TEMPLATES, TIO5_RELATION
 from template_stars import Templates, read_templates
 
 import cli
 import mdwarf
 from catalog import CLASS_NAMES, Star
-from indices import measure_indices
+from indices import BANDS, measure_indices
 from preparation import WAVELENGTH, prepare_spectrum
 from simulate_sdss_data import SUBTYPE_RANGE
 from survey_files import read_spectrum
@@ -56,10 +56,10 @@ def template(templates: Templates, subtype: float) -> np.ndarray:
 
 
 def real_means(directory: Path) -> dict[int, np.ndarray]:
-    """(3522,) by class: median of the dwarfs' spectra in a folder, at rest, by the class that their files give."""
+    """(3522,) by class: the median of the dwarfs' spectra in a folder, at rest; the class is that of their files."""
     spectra = defaultdict(list)
     for path in sorted(directory.glob("*.fits")):
-        spectrum = read_spectrum(path, Star(path.stem, "", 0, 0, 0, np.nan, np.nan, False, path.name))
+        spectrum = read_spectrum(path, Star(path.stem, "", 0, 0, 0, file=path.name))
         flux, ivar = prepare_spectrum(spectrum)
         if (match := re.match(r"d?M([0-4])\b", spectrum.subclass)) and np.median(flux * np.sqrt(ivar)) > MIN_SNR:
             spectra[int(match[1])].append(np.interp(LOGLAM, LOGLAM - np.log10(1 + spectrum.redshift), flux))
@@ -77,6 +77,7 @@ def over_median(flux: np.ndarray) -> np.ndarray:
 
 
 def bands(flux: np.ndarray) -> np.ndarray:
+    """Flux over its polynomial continuum of degree 3."""
     x = np.linspace(-1, 1, len(flux))
     return flux / Polynomial.fit(x, flux, 3)(x)
 
@@ -91,15 +92,17 @@ VIEWS = {"flux": over_median, "bands": bands, "smooth bands": smooth_bands}
 def indices(flux: np.ndarray) -> list[float]:
     """TiO5, CaH2, CaH3."""
     values = measure_indices(np.stack([flux, np.ones(len(flux))]))
-    return [values[name] for name in ("TiO5", "CaH2", "CaH3")]
+    return [values[name] for name in BANDS]
 
 
 def type_by_tio5(flux: np.ndarray) -> float:
-    """Reid, Hawley & Gizis 1995 (AJ 110, 1838)."""
-    return 8.2 - 10.775 * indices(flux)[0]
+    """Subclass number by the relation of TiO5."""
+    slope, constant = TIO5_RELATION
+    return slope * indices(flux)[0] + constant
 
 
 def type_by_fit(flux: np.ndarray, templates: Templates) -> float:
+    """Subclass number of the template nearest in smooth bands."""
     subtypes, wanted = np.arange(0, 5.01, 0.05), smooth_bands(flux)
     return float(min(subtypes, key=lambda subtype: np.std(smooth_bands(template(templates, subtype)) - wanted)))
 
@@ -109,7 +112,7 @@ def print_row(*cells: str | float, decimals: int = 2) -> None:
 
 
 def print_comparison(templates_dir: Path, spectra_dir: Path | None) -> None:
-    """Two tables in Markdown."""
+    """Print the differences and the indices as two tables in Markdown."""
     templates = {name.title(): read_templates(templates_dir / file) for name, file in TEMPLATES.items()}
     means = class_means(templates)
     print_row("rms of", "between", *CLASS_NAMES)
@@ -130,8 +133,10 @@ def print_comparison(templates_dir: Path, spectra_dir: Path | None) -> None:
 
 def main() -> None:
     parser = cli.ScriptParser(__doc__)
-    parser.add_argument("templates_dir", type=Path, metavar="TEMPLATES", help=f"has {' and '.join(TEMPLATES.values())}")
-    parser.add_argument("--spectra-dir", type=Path, help="real spectra, as SDSS or LAMOST write them")
+    parser.add_argument(
+        "templates_dir", type=Path, metavar="TEMPLATES", help=f"directory with {' and '.join(TEMPLATES.values())}"
+    )
+    parser.add_argument("--spectra-dir", type=Path, metavar="LAMOST", help="directory of real SDSS or LAMOST spectra")
     print_comparison(**vars(parser.parse_args()))
 
 

@@ -1,4 +1,4 @@
-"""What the stars' files cost: stars a second and memory, when they are decoded and when they are read from the cache.
+"""Measure the reading of stars: stars a second and memory, when files are decoded and when the cache is read.
 
     python benchmarks/data_speed.py                      2,000 simulated stars, a minute or two
     python benchmarks/data_speed.py --per-class 4000     20,000 stars: 7 GB of disk for a while
@@ -27,11 +27,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
-import cache  # noqa: E402
-import cli  # noqa: E402
-from catalog import CLASS_NAMES, Star, read_catalog  # noqa: E402
-from simulate_sdss_data import simulate  # noqa: E402
-from star_files import catalog_path, cutout_path, spectrum_path  # noqa: E402
+import cache
+import cli
+from catalog import Star, read_catalog
+from simulate_sdss_data import simulate
+from star_files import catalog_path, cutout_path, spectrum_path
 
 BATCH_SIZE = 32
 YARDSTICK_STARS = 500  # at most, spread over the classes
@@ -52,13 +52,14 @@ def read_all(prepared: cache.PreparedStars) -> None:
 
 
 def seconds(action: Callable[..., object], *arguments: object) -> float:
+    """The duration of one call."""
     started = time.perf_counter()
     action(*arguments)
     return time.perf_counter() - started
 
 
 def peak_memory(directory: Path, num_workers: int) -> int:
-    """Bytes of this process's memory at its peak, above the imports', if it decodes and reads all stars."""
+    """Peak memory of this process in bytes, above that after the imports, when it decodes and reads all stars."""
     at_start = resident_bytes("VmRSS")
     shutil.rmtree(directory / cache.CACHE_DIR, ignore_errors=True)
     with cli.quietly():
@@ -101,9 +102,9 @@ def measure(directory: Path, num_workers: int) -> list[tuple[str, str, str, str]
 def parse_arguments() -> argparse.Namespace:
     parser = cli.ScriptParser(__doc__)
     add, number = parser.add_argument, cli.number_between
-    add("--per-class", type=number(int, 1, 20_000), default=400, help=f"stars of each of {', '.join(CLASS_NAMES)}")
-    add("--num-workers", type=number(int, 1, 64), default=2, help="processes that decode")
-    add("--work-dir", type=Path, help="where the files go for a while; by default, the system's temporary directory")
+    add("--per-class", type=number(int, 1, 20_000), default=400, metavar="N", help="stars of each of M0 to M4")
+    add("--num-workers", type=number(int, 1, 64), default=2, metavar="N", help="worker processes that decode")
+    add("--work-dir", type=Path, metavar="DIR", help="for temporary files; by default, the system's directory for them")
     return parser.parse_args()
 
 

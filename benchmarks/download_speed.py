@@ -1,4 +1,4 @@
-"""How quickly the downloader fetches stars from a server that takes its time, and how many bytes that takes.
+"""Measure the downloader against a server with latency: time, requests and bytes.
 
     python benchmarks/download_speed.py                     400 stars, 100 ms a request: two minutes
 
@@ -49,7 +49,7 @@ def download(stars: list[Star], server: SdssServer, *options: object) -> tuple[f
 
 
 def download_sequentially(stars: list[Star], server: SdssServer) -> float:
-    """Seconds a star of the plain script."""
+    """Seconds a star of the yardstick."""
     started = time.perf_counter()
     for star in stars:
         for url in YARDSTICK_ADDRESSES * spectrum_urls(star, server.sas_url, full=True)[:1]:
@@ -62,12 +62,12 @@ def download_sequentially(stars: list[Star], server: SdssServer) -> float:
 def parse_arguments() -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add, count = parser.add_argument, number_between(int, 2, 10**5)
-    add("--stars", type=count, default=400, help="stars to fetch")
-    add("--latency", type=number_between(float, 0, 10), default=0.1, help="seconds before each answer")
-    add("--workers", type=count, default=4, help="the downloader's")
-    add("--image-rate", type=number_between(float, 1e-3, 1e3), default=20.0, help="the downloader's, whose own default "
-        "is 1: SDSS's servers are shared, this one is not")  # fmt: skip
-    add("--yardstick-stars", type=count, default=10, help="stars on which the sequential script is timed")
+    add("--stars", type=count, default=400, metavar="N", help="stars to fetch")
+    add("--latency", type=number_between(float, 0, 10), default=0.1, metavar="S", help="seconds before each response")
+    add("--workers", type=count, default=4, metavar="N", help="--workers of the downloader")
+    add("--image-rate", type=number_between(float, 1e-3, 1e3), default=20.0, metavar="R", help="--image-rate of the "
+        "downloader, whose own default of 1 spares SDSS's shared servers")  # fmt: skip
+    add("--yardstick-stars", type=count, default=10, metavar="N", help="stars on which the yardstick is timed")
     return parser.parse_args()
 
 

@@ -1,16 +1,17 @@
-"""How well real stars are classified, by networks and classical methods that were trained on other stars.
+"""Score networks and classical methods on real stars.
 
     python benchmarks/real_spectra.py DIR --spectra-dir LAMOST --checkpoints checkpoints/best_model_*.pth
     python benchmarks/real_spectra.py DIR --spectra-dir LAMOST --catalog lamost_m_stars.csv --templates-dir TEMPLATES
 
-LAMOST holds spectra of M0 to M4 stars, in any format that predict.py reads, and a catalogue of the columns file and
-subclass. The classical methods are trained on simulated stars and, with --templates-dir (see accuracy.py), on stars
-made from published spectra; DIR/stars keeps them. Rows of "these stars" are cross-validated: networks of spectra alone
-are continued as by train.py --initial-checkpoint. Colours are those of the 400 real stars of objects.csv.
+LAMOST is a directory with spectra of M0 to M4 stars, in any format that predict.py reads, and a catalogue with the
+columns file and subclass. The classical methods are trained on simulated stars and, with --templates-dir (see
+accuracy.py), on stars made from published spectra; DIR/stars keeps them. Rows of "these stars" are cross-validated on
+the real stars; networks of spectra alone are fine-tuned, as by train.py --initial-checkpoint. Colours are those of the
+400 real stars of objects.csv.
 
 Surveys differ in the zero point of their labels. So agreement is given as labelled, and after the median difference
-(offset) is taken off the continuous type, the mean of the subclass numbers by probability; of a method without
-probabilities, off its class. DIR/real_spectra.md gets the tables, with 95 % intervals by the bootstrap.
+(offset) is subtracted from the continuous type: the mean of the subclass numbers over the probabilities or, for a
+method without probabilities, its class. DIR/real_spectra.md gets the tables, with 95 % intervals by the bootstrap.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from catalog import CLASS_NAMES, read_catalog
 from checkpoint import load_checkpoint
 from classifier import Classifier
 from cli import DataError, ScriptParser, quietly, run_as_script, write_atomically
+from evaluation import BOOTSTRAP_DRAWS
 from outliers import References
 from prediction import StarInputs, classify, inputs_without_images, read_star
 from simulate_sdss_data import simulate
@@ -47,20 +49,18 @@ from train_options import parse_arguments as parse_training_options
 
 SEED = 1
 FOLDS = 5
-BOOTSTRAP_DRAWS = 1000
 TRAINING = {"per_class": 80, "min_snr": 5, "max_snr": 60, "seed": SEED}  # stars that classical methods are trained on
 LDA = "LDA on 32 band means"
 CLASSICAL = ("random forest", LDA, "LDA on TiO5, CaH2, CaH3", "χ² fit to class means")
-CONTINUE = ("--epochs", "20", "--batch-size", "8", "--learning-rate", "3e-5")  # of few stars: small, slow steps
-TIO5_RELATION = (-10.775, 8.200)  # subclass = slope · TiO5 + constant: Reid, Hawley & Gizis 1995 (AJ 110, 1838)
+CONTINUE = ("--epochs", "20", "--batch-size", "8", "--learning-rate", "3e-5")  # few stars: small batches, slow
 COLUMNS = ("exact", "within 1", "offset", "exact, less offset", "within 1, less offset", "rank correlation")
 
 
 class Answers(NamedTuple):
-    """A method's, on N stars."""
+    """The answers of a method on N stars."""
 
     classes: np.ndarray  # (N,) subclass numbers
-    types: np.ndarray  # (N,) the same, continuous; NaN where not known
+    types: np.ndarray  # (N,) continuous subclass numbers; NaN where unknown
 
 
 def read_real_stars(directory: Path, catalog: str) -> list[StarInputs]:
@@ -87,7 +87,7 @@ def prepare(real: Sequence[StarInputs]) -> PreparedStars:
 
 
 def cross_validate(labels: np.ndarray, ask: Callable[[np.ndarray, np.ndarray], Answers]) -> Answers:
-    """`ask` trains on the stars of its first indices, and answers on the others. The folds are stratified."""
+    """Answers by stratified cross-validation. `ask` trains on the stars of its first indices, answers on its second."""
     order = np.lexsort([np.random.default_rng(SEED).random(len(labels)), labels])
     parts = [order[fold::FOLDS] for fold in range(FOLDS)]
     answers = [ask(np.setdiff1d(order, part), part) for part in parts]
@@ -102,7 +102,7 @@ def ask_network(classifier: Classifier, references: References, real: Sequence[S
 
 
 def continue_network(path: Path, real: Sequence[StarInputs]) -> Classifier:
-    """The best checkpoint of a run that goes on from this one with these stars."""
+    """The best checkpoint of a run that starts from this one, on these stars."""
     options = parse_training_options(train.__doc__, ["--initial-checkpoint", str(path), *CONTINUE])
     classifier, checkpoint = load_checkpoint(path)
     options, prepared = train.continue_from(options, classifier, checkpoint), prepare(real)
@@ -144,7 +144,7 @@ def cross_validate_estimator(estimator: BaseEstimator, X: np.ndarray, y: np.ndar
 
 
 def training_stars(directory: Path, templates_dir: Path | None) -> dict[str, classical.ObservedStars]:
-    """Stars to train on, by the way they are made."""
+    """Stars to train on, by their origin."""
     makers = {"simulated": simulate}
     for name, file in classical.TEMPLATES.items():
         if templates_dir and (templates_dir / file).exists():
@@ -159,7 +159,7 @@ def training_stars(directory: Path, templates_dir: Path | None) -> dict[str, cla
 def classical_rows(
     args: argparse.Namespace, real: list[StarInputs], stars: classical.ObservedStars
 ) -> dict[str, Answers]:
-    # Of each method, what it reads of the stars, and its estimator
+    # By method: the function that gives its features, and its estimator
     methods = {name: method.args for name, method in classical.methods(SEED, args.templates_dir).items()}
     rows = {}
     for origin, training in training_stars(args.directory, args.templates_dir).items():
@@ -170,7 +170,7 @@ def classical_rows(
     for name, (features, estimator) in methods.items():
         if name.endswith("'s templates"):  # there is nothing to train
             rows[name] = ask_estimator(estimator, features(stars), stars.targets, features(stars))
-    slope, constant = TIO5_RELATION
+    slope, constant = classical.TIO5_RELATION
     types = slope * np.array([entry.indices["TiO5"] for entry in real]) + constant
     rows["relation of TiO5"] = Answers(nearest_class(types), types)
     features, estimator = methods[LDA]
@@ -178,7 +178,7 @@ def classical_rows(
 
 
 def colour_rows() -> tuple[np.ndarray, dict[str, Answers], np.ndarray]:
-    """Labels (N,) of the stars of objects.csv, the rows, r magnitudes (N,)."""
+    """Labels (N,) of the stars in objects.csv, the rows of the methods on colours, r magnitudes (N,)."""
     catalog = pd.read_csv(Path(__file__).resolve().parents[1] / "objects.csv")
     magnitudes = catalog[[f"{band}_mag" for band in "ugriz"]].to_numpy()
     labels, r = catalog["subclass"].map(CLASS_NAMES.index).to_numpy(), magnitudes[:, 2]
@@ -215,7 +215,7 @@ def as_markdown(title: str, labels: np.ndarray, rows: dict[str, Answers], stars:
 
 
 def tables(labels: np.ndarray, rows: dict[str, Answers], values: np.ndarray, quantity: str) -> list[str]:
-    """Of all stars, and of those below and above the median of a quantity."""
+    """Tables of all stars, and of those below and above the median of a quantity."""
     middle = np.median(values)
     parts = {f"{quantity} up to {middle:.1f}": values <= middle, f"{quantity} above {middle:.1f}": values > middle}
     halves = [as_markdown(title, labels, rows, np.flatnonzero(part)) for title, part in parts.items()]
@@ -225,11 +225,11 @@ def tables(labels: np.ndarray, rows: dict[str, Answers], values: np.ndarray, qua
 def main() -> None:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
-    add("directory", type=Path, metavar="DIR", help="gets the tables, and stars to train on")
-    add("--spectra-dir", type=Path, required=True, metavar="LAMOST", help="holds real spectra and their catalogue")
-    add("--catalog", default="objects.csv", metavar="NAME", help="of the catalogue in --spectra-dir")
-    add("--templates-dir", type=Path, help="holds published mean spectra")
-    add("--checkpoints", type=Path, nargs="+", default=[], metavar="CHECKPOINT", help="networks, by train.py")
+    add("directory", type=Path, metavar="DIR", help="directory for the tables, and for stars to train on")
+    add("--spectra-dir", type=Path, required=True, metavar="LAMOST", help="directory of real spectra, with a catalogue")
+    add("--catalog", default="objects.csv", metavar="NAME", help="file of the catalogue in --spectra-dir")
+    add("--templates-dir", type=Path, metavar="TEMPLATES", help="directory with the published mean spectra")
+    add("--checkpoints", type=Path, nargs="+", default=[], metavar="CHECKPOINT", help="networks, written by train.py")
     args = parser.parse_args()
     real = read_real_stars(args.spectra_dir, args.catalog)
     prepared = prepare(real)

@@ -1,11 +1,11 @@
-"""How quickly the network trains and classifies here, beside a plain program that does the same.
+"""Measure the speed of training and evaluation on this machine, against a plain PyTorch program.
 
     python benchmarks/speed.py                                         a minute on a GPU
     python benchmarks/speed.py --batch-sizes 8 --image-backbone resnet18    a small one, for CPUs
-    python benchmarks/speed.py --candidates                            and other ways to do the same step
+    python benchmarks/speed.py --candidates                            with other implementations of the step
 
-"Plain" is the same network in float32, in PyTorch's default memory layout, with Adam as it comes. All take turns, round
-by round, so that the machine's changes of speed meet all; ratios are medians over the rounds. A step's floating-point
+"Plain" is the same network in float32, in PyTorch's default memory layout, with its default Adam. All take turns, round
+by round, so that changes of the machine's speed affect all; ratios are medians over the rounds. A step's floating-point
 operations are counted by torch (matrix products, convolutions and attention, forwards and backwards); the machine's own
 rate is that of large bf16 matrix products.
 """
@@ -47,16 +47,18 @@ EPOCH_BATCHES = 16  # of the epoch that is profiled
 def parse_arguments() -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add, number = parser.add_argument, number_between
-    add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="of the network")
-    add("--batch-sizes", type=number(int, 2, 10**5), nargs="+", default=[32, 128, 512], help="stars a step")
-    add("--evaluation-sizes", type=number(int, 1, 10**5), nargs="*", default=[512, 1024], help="stars at once")
-    add("--rounds", type=number(int, 1, 1000), default=3, help="of each measurement")
-    add("--candidates", action="store_true", help="time other ways to do the step, too; one is compiled: a slow start")
+    add("--image-backbone", choices=IMAGE_BACKBONES, default="resnet152", help="ResNet of the network")
+    add("--batch-sizes", type=number(int, 2, 10**5), nargs="+", default=[32, 128, 512], metavar="N",
+        help="stars in a step")  # fmt: skip
+    add("--evaluation-sizes", type=number(int, 1, 10**5), nargs="*", default=[512, 1024], metavar="N",
+        help="stars in a forward pass")  # fmt: skip
+    add("--rounds", type=number(int, 1, 1000), default=3, metavar="N", help="rounds of measurements")
+    add("--candidates", action="store_true", help="also time other implementations; one starts slowly, being compiled")
     return parser.parse_args()
 
 
 def random_stars(number: int) -> PreparedStars:
-    """Noise in the form of stars."""
+    """Random arrays in the form of prepared stars."""
     flux = 1 + 0.3 * torch.randn(number, SPECTRUM_LENGTH)
     return PreparedStars(
         [Star(str(i), CLASS_NAMES[i % len(CLASS_NAMES)], 1 + i, 52000, 1) for i in range(number)],
@@ -150,7 +152,7 @@ def our_evaluation(recipe: Recipe, batch: Batch, device: torch.device) -> Callab
 
 
 def seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one call, in the mean."""
+    """The mean duration of a call."""
 
     def synchronise() -> None:
         if device.type == "cuda":
@@ -185,7 +187,7 @@ def count_operations(recipe: Recipe, device: torch.device) -> tuple[float, float
 def time_in_turns(
     works: dict[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, tuple[float, float, float]]:
-    """By name: seconds of the first three calls, seconds of a later one, and how many times as quick as the first."""
+    """By name: seconds of the first five calls, seconds of a later one, and the speed relative to the first work."""
     starts = {name: seconds(work, 5, device) * 5 for name, work in works.items()}
     times = [{name: seconds(work, STEPS[device.type], device) for name, work in works.items()} for _ in range(rounds)]
     first = next(iter(works))
@@ -208,10 +210,8 @@ def print_rows(times: dict, stars: int, operations: float, rate: float) -> None:
 def idle_share(recipe: Recipe, batch_size: int, device: torch.device) -> float:
     """The share of an epoch in which the GPU runs no kernel."""
     classifier = Classifier(recipe, choose_precision("auto", device)).to(device)
-    trainer, stars = (
-        Trainer(classifier, epochs=2, steps_per_epoch=EPOCH_BATCHES),
-        random_stars(EPOCH_BATCHES * batch_size),
-    )
+    trainer = Trainer(classifier, epochs=2, steps_per_epoch=EPOCH_BATCHES)
+    stars = random_stars(EPOCH_BATCHES * batch_size)
     loader = StarLoader(stars, range(len(stars.stars)), device)
     train.train_one_epoch(trainer, loader, 1, 0, "")
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

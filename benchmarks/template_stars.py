@@ -1,4 +1,4 @@
-"""Simulate stars from the mean SDSS spectra of real M dwarfs: a test set of other making than the simulator's.
+"""Simulate stars from the mean SDSS spectra of real M dwarfs: a test set made otherwise than the simulator's.
 
     python benchmarks/template_stars.py DIR --templates TEMPLATES.npz --per-class 80 --seed 5
     python predict.py CHECKPOINT --data-dir DIR
@@ -6,15 +6,15 @@
 Neither the spectra nor the noise are those of simulate_sdss_data.py, though its bands are fitted to the class means of
 these templates (docs/simulator.md). A star lies anywhere between the templates, in subclass (up to half-way to the next
 class; the first half of M0 is extrapolated) and in metallicity. Reddening, velocity and a wavy flux calibration are
-drawn as well. The noise has long tails and, as after resampling, is correlated between neighbouring pixels. Image,
-magnitudes, and S/N for a magnitude are as the simulator draws them.
+drawn as well. The noise has long tails and is correlated between neighbouring pixels, as after resampling. Image,
+magnitudes, and S/N for a magnitude are those of the simulator.
 
 TEMPLATES.npz, which is not part of this repository, holds `loglam`, log10 of the vacuum wavelength in Å in steps
 of 1e-4, and on it the spectra of Kesseli et al. 2017 (ApJS 230, 16), `M{subclass}_{[Fe/H]}_flux` of M0 to M5 and
 [Fe/H] of +0.0 and +0.5, or of Bochanski et al. 2007 (AJ 133, 531), `M{subclass}_flux` of M0 to M5, of one
 metallicity.
 
-Stars of one seed have the same names as simulate_sdss_data.py's: take another seed for stars used together.
+A seed gives the same names as in simulate_sdss_data.py: use different seeds for stars that are used together.
 """
 
 import sys
@@ -28,11 +28,11 @@ from scipy.interpolate import CubicSpline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
-import cli  # noqa: E402
-import mdwarf  # noqa: E402
-import simulate_sdss_data as simulator  # noqa: E402
-from catalog import Star  # noqa: E402
-from instrument import Spectrograph, draw_loglam, spectrum_columns  # noqa: E402
+import cli
+import mdwarf
+import simulate_sdss_data as simulator
+from catalog import Star
+from instrument import Spectrograph, draw_loglam, spectrum_columns
 
 SUBCLASSES = range(6)
 SUBTYPE_RANGE = 0.5  # of a class about its centre
@@ -64,7 +64,7 @@ class Templates(NamedTuple):
 
 
 def read_templates(path: Path) -> Templates:
-    """Raises DataError for a file that is something else, or that lacks a template."""
+    """Read a file of templates. Raises DataError if it is something else, or lacks a template."""
     try:
         with np.load(path, allow_pickle=False) as file:
             spectra = {name: values.astype(float) for name, values in file.items()}
