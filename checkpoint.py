@@ -9,6 +9,7 @@ stars of each part of the split, and the references of outliers.py. Reading one 
 import http.client
 import pickle
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from catalog import CLASS_NAMES
+from catalog import CLASS_NAMES, Star, count_known
 from classifier import Classifier
 from model import ImageEncoder
 from recipe import Recipe
@@ -55,6 +56,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Cla
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise OSError(f"{path}: its weights are not those of its network ({type(error).__name__})") from error
     return classifier.eval().to(device), checkpoint
+
+
+def count_known_stars(stars: Sequence[Star], checkpoint: dict[str, Any]) -> int:
+    """How many of the stars its run used for training or checkpoint selection, perhaps in other observations."""
+    known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
+    return count_known(stars, known)
 
 
 def load_image_weights(encoder: ImageEncoder, backbone: str, weights: str) -> None:

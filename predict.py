@@ -68,8 +68,8 @@ from filelock import Timeout
 
 import distributed
 from cache import FEW_STARS, INPUTS, Paths, file_stamp, fingerprint
-from catalog import CLASS_NAMES, Star, check_places, count_known, describe, read_catalog
-from checkpoint import load_checkpoint
+from catalog import CLASS_NAMES, Star, check_places, describe, read_catalog
+from checkpoint import count_known_stars, load_checkpoint
 from classifier import Classifier
 from cli import DataError, file_lock, progress, quietly, run_as_script
 from dataset import prefetch
@@ -122,8 +122,7 @@ def predict(args: argparse.Namespace) -> None:
         classified = report(args.output, stars, read_parts(parts))
     if not classified:
         raise DataError(f"{args.output}: none of its stars could be classified; its column problem says why")
-    known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
-    if familiar := count_known(stars, known):
+    if familiar := count_known_stars(stars, checkpoint):
         print(f"  note: {familiar} of them were used for training or checkpoint selection: optimistic")
 
 

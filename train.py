@@ -35,8 +35,8 @@ import distributed
 import history
 import outliers
 from cache import PreparedStars, read_stars
-from catalog import Star, count_known, describe
-from checkpoint import load_checkpoint, load_image_weights, save_checkpoint
+from catalog import Star, describe
+from checkpoint import count_known_stars, load_checkpoint, load_image_weights, save_checkpoint
 from classifier import Classifier
 from cli import DataError, progress, quietly, run_as_script, write_atomically
 from dataset import StarLoader, random_stream, split_stars
@@ -326,8 +326,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 
 def note_known_stars(stars: list[Star], path: Path, checkpoint: dict[str, Any]) -> None:
     """Print how many of the stars the checkpoint's run has used, if any."""
-    known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
-    if seen := count_known(stars, known):
+    if seen := count_known_stars(stars, checkpoint):
         print(f"note: {seen} of these stars were used for training or checkpoint selection of {path}: optimistic")
 
 

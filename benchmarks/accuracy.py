@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields, replace
@@ -39,12 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie 
 import classical
 from accuracy_report import f1_by_snr, report
 from template_stars import simulate_from_templates
+from training_run import train_best
 
-import history
 import train
 from cache import INPUTS, PreparedStars, read_stars
 from catalog import CLASS_NAMES
-from checkpoint import load_checkpoint
 from cli import DataError, ScriptParser, number_between, quietly, run_as_script
 from dataset import StarLoader, random_stream, split_stars
 from device import describe_device
@@ -160,7 +158,7 @@ def perform(run: Run, directory: Path, templates_dir: Path | None) -> Run:
     with quietly():
         training, test = (read_stars(path, "fusion", num_workers=1)[0] for path in paths)
         if run["recipe"]:
-            evaluation, others = train_network(run, training, test, directory)
+            evaluation, others = train_network(run, training, test)
         else:
             rows = split_stars(training, VALIDATION_SPLIT, 0.0, run["seed"])["train"]
             training_stars, test_stars = map(classical.observed_stars, paths)
@@ -173,30 +171,22 @@ def perform(run: Run, directory: Path, templates_dir: Path | None) -> Run:
     return run | scores | {"f1_by_snr": f1_by_snr(evaluation, test.spectra[:])} | others | {"seconds": seconds}
 
 
-def train_network(
-    run: Run, training: PreparedStars, test: PreparedStars, directory: Path
-) -> tuple[Evaluation, dict[str, Any]]:
+def train_network(run: Run, training: PreparedStars, test: PreparedStars) -> tuple[Evaluation, dict[str, Any]]:
     """Train as train.py does. Returns the evaluation of the best checkpoint, and further entries of the result."""
     recipe, seed = Recipe(**run["recipe"]), run["seed"]
     options = parse_training_options(train.__doc__, ["--seed", str(seed)])
     options.recipe, options.validation_split = recipe, VALIDATION_SPLIT
     unread = dict.fromkeys({"spectra", "images"} - set(INPUTS[recipe.modality]))
     training, test = training._replace(**unread), test._replace(**unread)
-    trainer, loaders, splits = train.set_up(options, training)
-    device = trainer.device
-    test_loader = StarLoader(test, np.arange(len(test.stars)), device)
-    with tempfile.TemporaryDirectory(dir=directory) as output_dir:
-        paths = history.run_paths(Path(output_dir), "run")
-        unfinished = history.begin(options, "run", trainer.classifier, training, splits, {})
-        record = unfinished.record
-        train.fit(trainer, loaders, unfinished, paths, {"config": record["config"], "splits": {}, "references": {}})
-        best = evaluate(load_checkpoint(paths.checkpoint, device)[0], test_loader)
+    classifier, trainer, record = train_best(options, training)
+    test_loader = StarLoader(test, np.arange(len(test.stars)), trainer.device)
+    best = evaluate(classifier, test_loader)
     last = evaluate(trainer.classifier, test_loader)
     return best, {
         "last_f1": round(last.scores()["f1"], 4),
         "best_epoch": record["final_metrics"]["best_epoch"],
         "validation_f1": round(max(record["epoch_metrics"]["val_f1"]), 4),
-        "device": describe_device(device),
+        "device": describe_device(trainer.device),
         "git_commit": record["config"]["git_commit"],
     }
 

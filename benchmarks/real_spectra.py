@@ -16,7 +16,6 @@ method without probabilities, its class. DIR/real_spectra.md gets the tables, wi
 
 import argparse
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie 
 
 import classical
 from template_stars import simulate_from_templates
+from training_run import train_best
 
-import history
 import train
 from cache import PreparedStars
 from catalog import CLASS_NAMES, read_catalog
@@ -106,12 +105,7 @@ def continue_network(path: Path, real: Sequence[StarInputs]) -> Classifier:
     options = parse_training_options(train.__doc__, ["--initial-checkpoint", str(path), *CONTINUE])
     classifier, checkpoint = load_checkpoint(path)
     options, prepared = train.continue_from(options, classifier, checkpoint), prepare(real)
-    trainer, loaders, splits = train.set_up(options, prepared, classifier.state_dict())
-    with tempfile.TemporaryDirectory() as directory:
-        paths = history.run_paths(Path(directory), "run")
-        run = history.begin(options, "run", trainer.classifier, prepared, splits, {})
-        train.fit(trainer, loaders, run, paths, {"config": run.record["config"], "splits": {}, "references": {}})
-        return load_checkpoint(paths.checkpoint, trainer.device)[0]
+    return train_best(options, prepared, classifier.state_dict())[0]
 
 
 def network_rows(path: Path, real: list[StarInputs], labels: np.ndarray) -> dict[str, Answers]:
