@@ -133,6 +133,7 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
             f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used "
             f"(the first: {checked[0].problem or checked[0].state}); "
             f"python download_sdss_data.py --data-dir {data_dir} fetches files"
+            + ("; --modality spectrum needs no images" * all(entry.state == MISSING["images"] for entry in checked))
         )
     for array in cache.arrays.values():
         array.rows = rows

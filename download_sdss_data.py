@@ -130,10 +130,11 @@ def find_missing(stars: list[Star], args: argparse.Namespace) -> tuple[list[File
     spectra: list[File] = []
     cutouts: dict[Path, File] = {}  # rows of one name share their cutout
     for star in cli.progress(stars, desc="checking files", unit="star"):
-        if not star.file:  # else the spectrum is the user's own
-            urls = sdss_archive.spectrum_urls(star, args.sas_url, full=args.full)
-            spectrum = File(star, "spectrum", index.spectrum(star) or spectrum_path(args.data_dir, star), urls)
-            spectra += [spectrum] * (not is_there(spectrum))
+        urls = () if star.file else sdss_archive.spectrum_urls(star, args.sas_url, full=args.full)
+        reason = "the catalogue names a file of your own, which is not in spectra/" if star.file else ""
+        path = index.spectrum(star) or spectrum_path(args.data_dir, star)
+        if not (path.exists() if star.file else is_there(File(star, "spectrum", path))):
+            spectra.append(File(star, "spectrum", path, urls, reason))
         cutout = File(star, "cutout", index.cutout(star) or cutout_path(args.data_dir, star))
         if cutout.path not in cutouts and not is_there(cutout):
             cutouts[cutout.path] = cutout
@@ -233,7 +234,7 @@ class Downloader:
                 reason = str(error)
                 if error.status != 404:
                     return reason
-        is_spectrum = file.kind == "spectrum"
+        is_spectrum = file.kind == "spectrum" and file.urls
         return (is_spectrum and sdss_archive.later_release(file.star, self.args.sas_url)) or reason
 
     def _fetch_from(self, url: str, file: File, session: requests.Session) -> None:

@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
-    add("files", nargs="*", type=Path, metavar="FILE", help="a spectrum, may be gzipped")
+    add("files", nargs="*", type=Path, default=[], metavar="FILE", help="a spectrum, may be gzipped")
     add("--data-dir", type=Path, metavar="DIR", default=argparse.SUPPRESS,
         help="instead of FILEs: directory with objects.csv, spectra/ and images/ (default: .)")  # fmt: skip
     add("--output", type=table_path, default=Path("predictions.csv"), metavar="TABLE", help="file for the table")

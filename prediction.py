@@ -24,6 +24,7 @@ from evaluation import STARS_AT_ONCE
 from indices import measure_indices
 from outliers import References, is_outlier, outlier_score
 from preparation import Batch, move
+from star_files import spectrum_numbers
 
 HIDDEN_SIZE = 32  # pixels a side of the blank image in place of one that is not there; the network does not see it
 
@@ -39,7 +40,8 @@ class StarInputs(NamedTuple):
 
 def star_of_file(path: Path) -> tuple[Star, Paths]:
     """A star known only from its spectrum, and its files."""
-    return Star(SPECTRUM_ENDING.sub("", path.name), "", 0, 0, 0, file=str(path)), {"spectra": path, "images": None}
+    numbers = spectrum_numbers(path.name) or (0, 0, 0)
+    return Star(SPECTRUM_ENDING.sub("", path.name), "", *numbers, file=str(path)), {"spectra": path, "images": None}
 
 
 def inputs_without_images(classifier: Classifier) -> tuple[str, ...]:

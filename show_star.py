@@ -291,17 +291,21 @@ def describe_indices(indices: dict[str, Any]) -> str:
 
 
 def choose_sheet_stars(data_dir: Path) -> tuple[dict[str, list[StarInputs]], int]:
-    """The first usable stars of each class, and of those without label (""); the number of stars in the catalogue."""
+    """The first usable stars of each class, and of those without label (""); the number of stars in the catalogue.
+
+    Where no star has an image, as with LAMOST's, spectra alone are enough.
+    """
     stars, _ = read_catalog(catalog_path(data_dir), labelled=False)
     index, chosen = FileIndex(data_dir), {}
+    kinds = INPUTS["fusion" if any(index.cutout(star) for star in stars) else "spectrum"]
     for subclass in (*CLASS_NAMES, ""):
         members = (star for star in stars if star.subclass == subclass)
-        read = (read_star(INPUTS["fusion"], star, index.files(star)) for star in members)
+        read = (read_star(kinds, star, index.files(star)) for star in members)
         if some := list(itertools.islice((inputs for inputs in read if not inputs.problem), SHEET_STARS)):
             chosen[subclass] = some
     if not chosen:
-        problem = read_star(INPUTS["fusion"], stars[0], index.files(stars[0])).problem
-        raise DataError(f"{data_dir}: none of its {len(stars)} stars has a good spectrum and a good image ({problem})")
+        problem = read_star(kinds, stars[0], index.files(stars[0])).problem
+        raise DataError(f"{data_dir}: none of its {len(stars)} stars has good {' and '.join(kinds)} ({problem})")
     return chosen, len(stars)
 
 
@@ -311,7 +315,8 @@ def draw_sheet(path: Path, chosen: dict[str, list[StarInputs]], count: int) -> N
         rows = figure.subplots(len(chosen), 2 * SHEET_STARS, squeeze=False, width_ratios=(2.2, 1) * SHEET_STARS)
         for panels, (subclass, members) in zip(rows, chosen.items(), strict=True):
             for spectrum, image, inputs in zip(panels[::2], panels[1::2], members, strict=False):
-                draw_cutout(image, inputs.arrays["images"].transpose(1, 2, 0), inputs.star.simulated)
+                if "images" in inputs.arrays:
+                    draw_cutout(image, inputs.arrays["images"].transpose(1, 2, 0), inputs.star.simulated)
                 flux = inputs.arrays["spectra"][0]
                 spectrum.plot(WAVELENGTH, flux, color="black", linewidth=0.4)
                 set_limits(spectrum, flux)
@@ -322,7 +327,7 @@ def draw_sheet(path: Path, chosen: dict[str, list[StarInputs]], count: int) -> N
         for axes in rows[-1, ::2]:
             axes.set_xlabel("vacuum wavelength (Å)")
         shown = [inputs.star for members in chosen.values() for inputs in members]
-        figure.suptitle(f"{describe(shown)} of {count}: flux / median, and the image; "
+        figure.suptitle(f"{describe(shown)} of {count}: flux / median, and the image if there is one; "
                         "shaded: TiO red, CaH blue, Na orange, Hα violet")  # fmt: skip
 
 

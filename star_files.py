@@ -40,6 +40,15 @@ def cutout_path(data_dir: Path, star: Star) -> Path:
     return Path(data_dir) / "images" / star.subclass / f"{star.name}_image.jpg"
 
 
+def spectrum_numbers(name: str) -> tuple[int, int, int] | None:
+    """plate, mjd, fiberID in SDSS's name of a spectrum; None for another name."""
+    if not (match := _SPECTRUM_NAME.fullmatch(name)):
+        return None
+    first, second, fiberID = map(int, match.group(2, 3, 4))
+    plate, mjd = (first, second) if match[1].lower() == "ec" else (second, first)
+    return plate, mjd, fiberID
+
+
 class FileIndex:
     """The stars' files below spectra/ and images/, as they were at the first look-up in each."""
 
@@ -66,10 +75,8 @@ class FileIndex:
         """By plate, mjd and fiberID, as numbers: a name's leading zeros do not matter."""
         paths = defaultdict(list)
         for folder, name in _walk(self.data_dir / "spectra"):
-            if match := _SPECTRUM_NAME.fullmatch(name):
-                first, second, fiberID = map(int, match.group(2, 3, 4))
-                plate, mjd = (first, second) if match[1].lower() == "ec" else (second, first)
-                paths[plate, mjd, fiberID].append(os.path.join(folder, name))
+            if numbers := spectrum_numbers(name):
+                paths[numbers].append(os.path.join(folder, name))
         return dict(paths)
 
     @functools.cached_property

@@ -194,6 +194,19 @@ def test_a_file_counts_wherever_it_lies(tmp_path, server):
     assert server.count("spectro") == 0
 
 
+def test_a_file_that_the_catalogue_names_is_not_fetched_and_listed_if_absent(tmp_path, server):
+    places = zip("ab", make_stars(server, 2), strict=True)
+    rows = [f"{name}.fits,M1,{star.ra},{star.dec}" for name, star in places]
+    (tmp_path / "objects.csv").write_text("\n".join(["file,subclass,ra,dec", *rows]))
+    (tmp_path / "spectra").mkdir()
+    (tmp_path / "spectra" / "a.fits").write_bytes(b"of another survey")
+    download(tmp_path, server, exit_status=1)
+    reason = "the catalogue names a file of your own, which is not in spectra/"
+    assert failures(tmp_path) == {tmp_path / "spectra" / "b.fits": reason}
+    assert server.count("spectro") == 0
+    assert {path.name for path in (tmp_path / "images").rglob("*.jpg")} == {"a_image.jpg", "b_image.jpg"}
+
+
 def test_a_damaged_file_stays_when_there_is_nothing_better(tmp_path, server):
     star = make_star()
     write_catalog(tmp_path, [star])

@@ -91,7 +91,10 @@ def test_without_a_name_a_sheet_of_each_class(own_stars_dir, tmp_path, texts):
     assert texts[1].count("no label: ") == 3
 
     shutil.rmtree(own_stars_dir / "images")
-    refuse("none of its 60 stars has a good spectrum and a good image (no image)", "--data-dir", own_stars_dir)
+    run("--data-dir", own_stars_dir)
+    assert texts[2].count("no label: ") == 3 and "5″" not in texts[2]
+    shutil.rmtree(own_stars_dir / "spectra")
+    refuse("none of its 60 stars has good spectra (no spectrum)", "--data-dir", own_stars_dir)
 
 
 def test_a_page_for_each_star(own_stars_dir, tmp_path, checkpoint, capsys):
