@@ -1,5 +1,6 @@
 """Every command and every piece of Python in the README works as it stands there, both READMEs give the same ones."""
 
+import glob
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import sdss_server
 from common import ROOT, run_script
 
-from catalog import CLASS_NAMES, Star, encode_spec_obj_id, read_catalog
+from catalog import CLASS_NAMES, Star, encode_spec_obj_id
 from simulate_sdss_data import simulate
 from star_files import catalog_path
 
@@ -23,11 +24,9 @@ README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 SHORTER = {
     "train.py": "--epochs 1 --batch-size 16 --image-backbone resnet18 --layers 1 --image-weights none",
 }
-PLACES = {"FIRST_MACHINE:29500": "localhost:0", "--nnodes=2": "--nnodes=1", "--nproc-per-node=4": "--nproc-per-node=2"}
 RUN_ELSEWHERE = {
     "train.py --demo": "tests/test_train.py::test_demo_makes_its_stars_once_and_keeps_to_its_directory",
     "python -m pytest": "tests/test_readme.py::test_command",
-    "train.py --resume auto": "tests/test_train.py::test_a_killed_run_is_resumed_as_if_never_stopped",
 }
 
 
@@ -45,7 +44,7 @@ def directory(tmp_path_factory) -> Path:
     """A user's own directory, with stars and a run on them; DIR holds others."""
     directory = tmp_path_factory.mktemp("user") / "stars"
     simulate(directory, per_class=8, seed=1, min_snr=5)
-    simulate(directory / "DIR", per_class=1, seed=2, min_snr=5)
+    simulate(directory / "DIR", per_class=5, seed=2, min_snr=5)
     done = run_script("train.py", *SHORTER["train.py"].split(), cwd=directory)
     assert done.returncode == 0, done.stderr
     # From here on as if from SDSS, which has no files of simulated stars to fetch.
@@ -65,27 +64,21 @@ def server() -> Iterator[sdss_server.SdssServer]:
 
 
 def fill_in(text: str, directory: Path) -> str:
-    """The README's text with a run's and a star's own in place of ID and NAME."""
+    """The README's text with a run's own in place of ID."""
     training_id = next(directory.glob("checkpoints/*.pth")).stem.removeprefix("best_model_")
-    star = read_catalog(catalog_path(directory))[0][0]
-    for place, value in PLACES.items():
-        text = text.replace(place, value)
-    text = re.sub(r"\bNAME\b", star.name, text)
     return re.sub(r"(?<![A-Za-z])ID(?![A-Za-z])", training_id, text)
 
 
 @pytest.mark.parametrize("command", [line for line in commands(README) if not line.endswith(tuple(RUN_ELSEWHERE))])
 def test_command(command, directory, server):
-    program, *arguments = shlex.split(fill_in(command, directory))
+    _, *words = shlex.split(fill_in(command, directory))
+    arguments = [file for word in words for file in (glob.glob(word, root_dir=directory) if "*" in word else [word])]
     script = next(argument for argument in arguments if argument.endswith(".py"))
     arguments[arguments.index(script)] = str(ROOT / script)
     arguments += shlex.split(SHORTER.get(script, "") if not {"--evaluate", "--help"} & set(arguments) else "")
     if script == "download_sdss_data.py":
         arguments += ["--sas-url", server.sas_url, "--skyserver-url", server.skyserver_url]
-    if program == "torchrun":
-        arguments += ["--modality", "spectrum"]
-    start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[program]
-    done = subprocess.run([*start, *arguments], cwd=directory, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *arguments], cwd=directory, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
