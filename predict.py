@@ -98,6 +98,7 @@ def predict(args: argparse.Namespace) -> None:
     files = dict(map(star_of_file, args.files)) or find_stars(args.data_dir)
     stars = list(files)
     classifier, checkpoint = load_checkpoint(args.checkpoint, choose_device(args.device))
+    print(f"{args.checkpoint}: trained on {len(checkpoint['splits']['train'])} of {checkpoint['config']['stars']}")
     kinds = inputs_without_images(classifier) if args.files else INPUTS[classifier.recipe.modality]
     if not any(all(paths[kind] for kind in kinds) for paths in files.values()):
         raise DataError(
