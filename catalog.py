@@ -73,7 +73,7 @@ class Star(NamedTuple):
     ra: float = float("nan")
     dec: float = float("nan")
     simulated: bool = False
-    file: str = ""  # of the spectrum, below spectra/; plate, mjd and fiberID are then 0
+    file: str = ""  # of the spectrum; below spectra/ in a catalogue, where plate, mjd and fiberID are then 0
 
     @property
     def spectrum_id(self) -> str:

@@ -156,12 +156,13 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def refuse_foreign_file(path: Path, mark: str) -> None:
-    """Raise DataError if `path` exists and the calling script did not write it: `mark` is not in its first 1 KiB."""
+def refuse_foreign_file(path: Path, *marks: str, head_bytes: int = 1024) -> None:
+    """Raise DataError if `path` exists and the calling script did not write it: a mark is not in its first bytes."""
     if path.exists():
         with open(path, "rb") as file:
-            if mark.encode() not in file.read(1024):
-                raise DataError(f"{path}: exists, and this script did not write it; give another --output")
+            head = file.read(head_bytes)
+        if not all(mark.encode() in head for mark in marks):
+            raise DataError(f"{path}: exists, and this script did not write it; give another --output")
 
 
 # Errors of file systems without locks, as some NFS, FUSE and cluster mounts are.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from catalog import CLASS_NAMES
-from cli import DataError, write_atomically
+from cli import refuse_foreign_file, write_atomically
 
 if TYPE_CHECKING:
     from astropy.table import MaskedColumn, Table
@@ -75,11 +75,7 @@ def table_path(text: str) -> Path:
 
 def refuse_foreign_table(path: Path) -> None:
     """Raise DataError if `path` exists and is no earlier table of predictions: one with all of its columns."""
-    if path.exists():
-        with open(path, "rb") as file:
-            head = file.read(HEAD_BYTES)
-        if not all(name.encode() in head for name in COLUMNS):
-            raise DataError(f"{path}: exists, and this script did not write it; give another --output")
+    refuse_foreign_file(path, *COLUMNS, head_bytes=HEAD_BYTES)
 
 
 def write_part(path: Path, rows: Iterable[dict[str, Any]]) -> None:
