@@ -34,7 +34,7 @@ from torch import Tensor
 import cli
 import preparation
 import survey_files
-from catalog import CLASS_NAMES, Star, check_places, position_conflict, read_catalog
+from catalog import CLASS_NAMES, Star, check_places, position_conflict, read_catalog, report_left_out
 from cli import DataError
 from star_files import FileIndex, catalog_path
 from workers import parallel_map
@@ -116,8 +116,7 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
     star can be used.
     """
     stars, left_out = read_catalog(catalog_path(data_dir))
-    for reason, count in left_out.items():
-        print(f"{count} row(s) of the catalogue left out: {reason}")
+    report_left_out(left_out)
     index, kinds = FileIndex(data_dir), INPUTS[modality]
     files = {star: index.files(star) for star in stars}
     cache = up_to_date_cache(data_dir, files, num_workers)

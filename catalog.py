@@ -130,6 +130,12 @@ def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Coun
     return list(stars.values()), +left_out
 
 
+def report_left_out(left_out: Counter[str]) -> None:
+    """Print the number of rows that `read_catalog` left out, by reason."""
+    for reason, count in left_out.items():
+        print(f"rows of the catalogue left out: {count} ({reason})")
+
+
 def _read_rows(path: Path, needed: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells, by column, of each row that is not blank; as text, which holds any specObjID exactly."""
     try:

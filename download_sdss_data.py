@@ -42,7 +42,15 @@ import requests
 
 import cli
 import sdss_archive
-from catalog import CLASS_NAMES, Star, check_places, decode_spec_obj_id, position_conflict, read_catalog
+from catalog import (
+    CLASS_NAMES,
+    Star,
+    check_places,
+    decode_spec_obj_id,
+    position_conflict,
+    read_catalog,
+    report_left_out,
+)
 from cli import DataError, number_between
 from sdss_archive import BadBodyError, FetchError
 from star_files import FileIndex, catalog_path, cutout_path, spectrum_path
@@ -330,8 +338,7 @@ def read_stars(args: argparse.Namespace) -> list[Star]:
     if any(star.simulated for star in stars):
         raise DataError(f"{path}: lists simulated stars; SDSS has no files of them")
     print(f"{path}: {len(stars)} stars" + (f", of which the first {args.limit}" if args.limit else ""))
-    for reason, count in left_out.items():
-        print(f"  rows left out: {count} ({reason})")
+    report_left_out(left_out)
     stars = stars[: args.limit]
     others = [star for star in stars if decode_spec_obj_id(star.name) and not sdss_archive.run2d_in_name(star)]
     if others:

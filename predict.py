@@ -13,7 +13,8 @@ below spectra/ and images/. The table has a row for each star:
     catalog_subclass                     the catalogue's label; for a FILE, the survey's class in its header or table
     predicted_subclass, p_M0 ... p_M4    the most probable subclass, and the calibrated probability of each
     spectral_type                        "M2.5 +/- 0.4": mean and standard deviation of the subclass over the
-                                         probabilities; with more digits in expected_subclass and expected_subclass_std
+                                         probabilities, the latter at least 0.1; as they are, and with more digits, in
+                                         expected_subclass and expected_subclass_std
     TiO5, CaH2, CaH3                     band indices, each with its error, _err, from the spectrum's noise
     zeta, metallicity_class              dM, sdM, esdM or usdM (indices.py)
     EW_Halpha, is_active                 equivalent width in Angstrom, positive in emission
@@ -68,7 +69,7 @@ from filelock import Timeout
 
 import distributed
 from cache import FEW_STARS, INPUTS, Paths, file_stamp, fingerprint
-from catalog import CLASS_NAMES, Star, check_places, describe, read_catalog
+from catalog import CLASS_NAMES, Star, check_places, describe, read_catalog, report_left_out
 from checkpoint import count_known_stars, load_checkpoint
 from classifier import Classifier
 from cli import DataError, file_lock, progress, quietly, run_as_script
@@ -130,8 +131,7 @@ def predict(args: argparse.Namespace) -> None:
 def find_stars(data_dir: Path) -> dict[Star, Paths]:
     """The stars of the catalogue, and their files."""
     stars, left_out = read_catalog(catalog_path(data_dir), labelled=False)
-    for reason, count in left_out.items():
-        print(f"{count} row(s) of the catalogue left out: {reason}")
+    report_left_out(left_out)
     index = FileIndex(data_dir)
     return {star: index.files(star) for star in stars}
 

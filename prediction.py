@@ -112,14 +112,15 @@ def make_batch(classifier: Classifier, stars: Sequence[StarInputs]) -> Batch:
 def predict_batch(classifier: Classifier, references: References, batch: Batch) -> list[dict[str, Any]]:
     """The predicted columns of each star, from the calibrated probabilities p_k of the subclasses k = 0 to 4.
 
-    spectral_type "M2.5 ± 0.4" is the mean Σ k p_k and the standard deviation √(Σ k² p_k − mean²): how widely the
-    probability is spread over the subclasses. It does not include the errors of the training labels, whose zero point
-    differs between surveys, and does not hold for stars outside M0 to M4, where the mean cannot go.
+    spectral_type "M2.5 ± 0.4" is the mean Σ k p_k and the standard deviation √(Σ k² p_k − mean²), at least 0.1: how
+    widely the probability is spread over the subclasses. It does not include the errors of the training labels, whose
+    zero point differs between surveys, and does not hold for stars outside M0 to M4, where the mean cannot go.
     """
     probabilities = classifier.probabilities(classifier(batch)[2]).cpu()
     subclass = torch.arange(len(CLASS_NAMES), dtype=torch.float64)
     mean = probabilities @ subclass
     std = (probabilities * (subclass - mean[:, None]) ** 2).sum(dim=1).sqrt()
+    shown = zip(mean.tolist(), std.clamp(min=0.1).tolist(), strict=True)
     # A star is an outlier if its spectrum or its image is: the larger score counts.
     seen = {"spectra": batch.spectra, "images": batch.images if batch.image_mask is None else None}
     scores = [outlier_score(kind, seen[kind], references[kind]) for kind in seen if seen[kind] is not None]
@@ -127,7 +128,7 @@ def predict_batch(classifier: Classifier, references: References, batch: Batch) 
     columns = {
         "predicted_subclass": [CLASS_NAMES[k] for k in probabilities.argmax(dim=1)],
         **{f"p_{name}": rounded_all(probabilities[:, k], 5) for k, name in enumerate(CLASS_NAMES)},
-        "spectral_type": [f"M{k:.1f} ± {spread:.1f}" for k, spread in zip(mean.tolist(), std.tolist(), strict=True)],
+        "spectral_type": [f"M{k:.1f} ± {spread:.1f}" for k, spread in shown],
         "expected_subclass": rounded_all(mean, 3),
         "expected_subclass_std": rounded_all(std, 3),
         "outlier_score": rounded_all(score, 3),

@@ -254,6 +254,7 @@ def draw_page(path: Path, page: Page) -> None:
     spectra += [draw_occlusion] * (has_input and classified)
     with new_figure(path, (15, 0.3 + 3.4 * max(2, len(spectra))), dpi=110, software=SOFTWARE) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=(3.2, 1))
+        panels = bool(page.cutout) + classified
         for number, draw in enumerate(spectra):
             axes = left.add_subplot(len(spectra), 1, number + 1, sharex=left.axes[0] if number else None)
             draw(axes, page)
@@ -263,15 +264,15 @@ def draw_page(path: Path, page: Page) -> None:
         if spectra:
             axes.set_xlabel("vacuum wavelength (Å)")
         if page.cutout:
-            draw_cutout(right.add_subplot(2, 1, 1), page.cutout.pixels, page.inputs.star.simulated)
+            draw_cutout(right.add_subplot(panels, 1, 1), page.cutout.pixels, page.inputs.star.simulated)
         if classified:
-            draw_probabilities(right.add_subplot(2, 1, 2), page.row)
+            draw_probabilities(right.add_subplot(panels, 1, panels), page.row)
         figure.suptitle(page_title(page), parse_math=False)
 
 
 def page_title(page: Page) -> str:
     star, problem = page.inputs.star, page.inputs.problem
-    title = [f"{star.name} ({star.spectrum_id})", f"label: {star.subclass or 'none'}"]
+    title = [star.name if star.file else f"{star.name} ({star.spectrum_id})", f"label: {star.subclass or 'none'}"]
     if page.classifier:
         title.append(f"network: {page.row.get('predicted_subclass', 'not classified')}")
     title += ["SIMULATED"] * star.simulated

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -26,6 +27,7 @@ from template_stars import read_templates
 from cache import read_stars
 from catalog import CLASS_NAMES
 from indices import BANDS, measure_indices
+from outliers import summarise_spectra
 from preparation import WAVELENGTH
 from star_files import catalog_path
 
@@ -71,7 +73,7 @@ def flux(stars: ObservedStars) -> np.ndarray:
 
 def band_means(stars: ObservedStars) -> np.ndarray:
     """(N, 32): the mean flux of 32 equal pieces of the spectrum, as many as the network has spectrum tokens."""
-    return np.stack([piece.mean(axis=1) for piece in np.array_split(flux(stars), 32, axis=1)], axis=1)
+    return summarise_spectra(torch.from_numpy(stars.spectra)).numpy()
 
 
 def spectral_indices(stars: ObservedStars) -> np.ndarray:

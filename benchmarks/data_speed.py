@@ -3,7 +3,7 @@
     python benchmarks/data_speed.py                      2,000 simulated stars, a minute or two
     python benchmarks/data_speed.py --per-class 4000     20,000 stars: 7 GB of disk for a while
 
-The yardstick reads a star's files anew whenever it is asked for, in one process, with astropy and Pillow. Both read
+The baseline reads a star's files anew whenever it is asked for, in one process, with astropy and Pillow. Both read
 the same simulated files, which the system's file cache holds: the figures are the processor's, not the disk's.
 """
 
@@ -73,14 +73,14 @@ def resident_bytes(field: str) -> int:
 
 
 def measure(directory: Path, num_workers: int) -> list[tuple[str, str, str, str]]:
-    """The rows of the table: figure, here, yardstick, ratio."""
+    """The rows of the table: figure, here, baseline, ratio."""
     stars, _ = read_catalog(catalog_path(directory))
     some = stars[:: -(-len(stars) // YARDSTICK_STARS)]
-    yardstick = len(some) / seconds(lambda: [read_with_astropy_and_pillow(directory, star) for star in some])
+    baseline = len(some) / seconds(lambda: [read_with_astropy_and_pillow(directory, star) for star in some])
 
     def row(figure: str, took: float) -> tuple[str, str, str, str]:
         rate = len(stars) / took
-        return figure, f"{rate:,.0f} stars/s", f"{yardstick:,.0f} stars/s", f"× {rate / yardstick:.1f}"
+        return figure, f"{rate:,.0f} stars/s", f"{baseline:,.0f} stars/s", f"× {rate / baseline:.1f}"
 
     rows = []
     for workers in sorted({1, num_workers}):
@@ -94,7 +94,7 @@ def measure(directory: Path, num_workers: int) -> list[tuple[str, str, str, str]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         memory = fresh.submit(peak_memory, directory, num_workers).result()
     in_memory = len(stars) * sum(dtype.itemsize for dtype in cache.ROWS.values())
-    figure = "peak memory, all stars decoded and read; yardstick: all of them in memory"
+    figure = "peak memory, all stars decoded and read; baseline: all of them in memory"
     rows.append((figure, f"{memory / 1e6:.0f} MB", f"{in_memory / 1e6:.0f} MB", f"× {memory / in_memory:.2f}"))
     return rows
 
@@ -116,7 +116,7 @@ def main() -> None:
         with cli.quietly():
             rows = measure(directory, args.num_workers)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
-    print("| figure | here | yardstick | |\n|---|---|---|---|")
+    print("| figure | here | baseline | |\n|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/download_speed.py                     400 stars, 100 ms a request: two minutes
 
-The server is the tests' local one. The yardstick is the earlier reproduction: one request after the other, four archive
+The server is the tests' local one. The baseline is the earlier reproduction: one request after the other, four archive
 addresses and the cutout service for each star, then a second's pause. It is timed on some stars and scaled to all.
 """
 
@@ -49,7 +49,7 @@ def download(stars: list[Star], server: SdssServer, *options: object) -> tuple[f
 
 
 def download_sequentially(stars: list[Star], server: SdssServer) -> float:
-    """Seconds a star of the yardstick."""
+    """Seconds a star of the baseline."""
     started = time.perf_counter()
     for star in stars:
         for url in YARDSTICK_ADDRESSES * spectrum_urls(star, server.sas_url, full=True)[:1]:
@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=count, default=4, metavar="N", help="--workers of the downloader")
     add("--image-rate", type=number_between(float, 1e-3, 1e3), default=20.0, metavar="R", help="--image-rate of the "
         "downloader, whose own default of 1 spares SDSS's shared servers")  # fmt: skip
-    add("--yardstick-stars", type=count, default=10, metavar="N", help="stars on which the yardstick is timed")
+    add("--baseline-stars", type=count, default=10, metavar="N", help="stars on which the baseline is timed")
     return parser.parse_args()
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     with running_server() as server:
         stars = make_stars(server, args.stars)
         server.delay = args.latency
-        sequential = download_sequentially(stars[: args.yardstick_stars], server) * args.stars
+        sequential = download_sequentially(stars[: args.baseline_stars], server) * args.stars
         seconds, lite_bytes = download(stars, server, *options)
         requests_sent, connections = len(server.requests), server.most_open_connections
         times = sorted(request.time for request in server.requests if "getjpeg" in request.path)
@@ -86,7 +86,7 @@ def main() -> None:
     print(f"""
 {args.stars} stars, {1000 * args.latency:.0f} ms a request, --workers {args.workers} --image-rate {args.image_rate:g}
 
-| figure | here | yardstick | |
+| figure | here | baseline | |
 |---|---|---|---|
 | all files | {seconds:.1f} s | {sequential:.0f} s | × {sequential / seconds:.1f} |
 | requests | {requests_sent} | {(YARDSTICK_ADDRESSES + 1) * args.stars} | |

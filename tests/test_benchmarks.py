@@ -129,7 +129,7 @@ def test_accuracy_trains_compares_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_download_speed_keeps_to_its_connections():
-    options = ["--stars", "12", "--yardstick-stars", "2", "--latency", "0.02", "--workers", "3", "--image-rate", "50"]
+    options = ["--stars", "12", "--baseline-stars", "2", "--latency", "0.02", "--workers", "3", "--image-rate", "50"]
     done = run_script("benchmarks/download_speed.py", *options)
     assert done.returncode == 0, done.stderr
     table = {
