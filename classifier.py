@@ -52,7 +52,7 @@ class Classifier(nn.Module):
     def losses(
         self, image_features: Tensor | None, spectrum_features: Tensor | None, fuse_logits: Tensor, targets: Tensor
     ) -> Tensor:
-        """(2,): both terms of the loss of a batch, from the outputs of `forward` and the targets (B,) or (B, 5)."""
+        """(2,): both terms of the loss of a batch, from the outputs of `forward` and the targets (B,)."""
         align_logits = contrastive_logits(image_features, spectrum_features)
         return torch.stack(loss_terms(align_logits, fuse_logits, targets, sic_weight=self.recipe.sic_weight))
 

@@ -21,7 +21,7 @@ def loss_terms(
 
     align_logits: (B, B), or None for a network of one modality, whose contrastive term is zero.
     fuse_logits: (B, num_classes).
-    targets: (B,) class indices, or (B, num_classes) class weights of stars after mixup.
+    targets: (B,) class indices.
     """
     classification = F.cross_entropy(fuse_logits, targets)
     if align_logits is None or sic_weight == 0:

@@ -49,8 +49,8 @@ class Batch(NamedTuple):
     """Some prepared stars; an input that the modality does not read is None."""
 
     spectra: Tensor | None  # (B, 2, 3522) float32: flux over its median, and its inverse variance
-    images: Tensor | None  # (B, 3, 128, 128) uint8, or float32 of mixed stars; 0…255
-    targets: Tensor  # (B,) int64 class indices, or (B, 5) float32 class weights of mixed stars
+    images: Tensor | None  # (B, 3, 128, 128) uint8
+    targets: Tensor  # (B,) int64 class indices
     image_mask: Tensor | None = None  # (B,) bool: the Transformer sees the image; None: of all stars
 
 

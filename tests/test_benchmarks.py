@@ -87,8 +87,8 @@ def rows(*options: str) -> dict:
 def test_an_ablation_changes_one_field():
     chosen = rows("--ablate", "improved")
     assert chosen["paper"] == PAPER and chosen["improved"] == IMPROVED
-    assert chosen["improved without mixup"].mixup == PAPER.mixup
-    assert chosen["paper with mixup"] == accuracy.replace(PAPER, mixup=IMPROVED.mixup)
+    assert chosen["improved without smoothing"].smoothing == PAPER.smoothing
+    assert chosen["paper with smoothing"] == accuracy.replace(PAPER, smoothing=IMPROVED.smoothing)
 
 
 def test_overrides_hold_for_every_network_and_train_none_twice():
@@ -96,7 +96,7 @@ def test_overrides_hold_for_every_network_and_train_none_twice():
     chosen = rows("--set", "num_epochs=3", "image_weights=none")
     assert len(chosen) == len(accuracy.NETWORKS) and {recipe.num_epochs for recipe in chosen.values()} == {3}
     with pytest.raises(SystemExit):
-        rows("--set", "mixup=7")
+        rows("--set", "smoothing=700")
     with pytest.raises(DataError, match="no row 'random tree'"):
         accuracy.choose_rows(accuracy.parse_arguments(["directory", "--rows", "random tree"]))
 

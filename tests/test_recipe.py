@@ -23,7 +23,7 @@ def test_the_papers_recipe_is_the_default():
 
 
 def test_the_papers_recipe_augments_hides_and_filters_nothing():
-    names = ("mixup", "rotate_and_flip", "image_dropout", "smoothing")
+    names = ("rotate_and_flip", "image_dropout", "smoothing")
     assert not any(getattr(PAPER, name) for name in names) and PAPER.continuum_degree == -1
 
 
@@ -54,7 +54,13 @@ def test_options_override_defaults_and_defaults_override_the_recipe():
 
 @pytest.mark.parametrize(
     "option, value",
-    [("--recipe", "best"), ("--modality", "both"), ("--learning-rate", "nan"), ("--batch-size", 2.5), ("--mixup", 2)],
+    [
+        ("--recipe", "best"),
+        ("--modality", "both"),
+        ("--learning-rate", "nan"),
+        ("--batch-size", 2.5),
+        ("--image-dropout", 2),
+    ],
 )
 def test_a_value_that_cannot_be_is_refused_in_one_line(capsys, option, value):
     with pytest.raises(SystemExit) as exit_:

@@ -278,7 +278,7 @@ def stopped(stars_dir, tmp_path_factory) -> Path:
         (("--epochs", 7), "had another --epochs; go on without that option"),
         (("--seed", 7), "had another --seed"),
         (("--recipe", "improved"), "had another --recipe"),
-        (("--mixup", 0.5, "--epochs", 2), "had another --mixup"),
+        (("--smoothing", 3, "--epochs", 2), "had another --smoothing"),
     ],
 )
 def test_a_run_goes_on_with_its_own_options_alone(stopped, options, message):
