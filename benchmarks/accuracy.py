@@ -4,6 +4,7 @@
     python benchmarks/accuracy.py DIR --rows classical --draws 1 --seeds 1     minutes on two cores
     python benchmarks/accuracy.py DIR --ablate improved                        its differences from paper, one by one
     python benchmarks/accuracy.py DIR --set modality=spectrum num_layers=2     fields of every network's recipe
+    python benchmarks/accuracy.py DIR --pretrained CHECKPOINT                  and a network that goes on from there
 
 A set is a training directory of 400 stars (320 to train, 80 for checkpoint selection) and a test directory of 1000
 held-out stars; it is made in DIR/stars if it is not there. A run is one row on one draw of a set, with one seed of
@@ -43,6 +44,7 @@ from training_run import train_best
 import train
 from cache import INPUTS, PreparedStars, read_stars
 from catalog import CLASS_NAMES
+from checkpoint import load_checkpoint
 from cli import DataError, ScriptParser, number_between, quietly, run_as_script
 from dataset import StarLoader, random_stream, split_stars
 from device import describe_device
@@ -66,10 +68,11 @@ UNUSED = {
     "spectrum": ("sic_weight", "image_backbone", "image_weights", "rotate_and_flip", "image_dropout"),
     "image": ("sic_weight", "image_dropout", "smoothing", "continuum_degree"),
 }
+PRETRAINED = "pre-trained"
 VALIDATION_SPLIT = 0.2
 
-# row, recipe (None of a classical method), set, draw, seed, per_class; once it is done, its result
-Run = dict[str, Any]
+IDENTITY = ("row", "recipe", "pretrained", "set", "draw", "seed", "per_class")
+Run = dict[str, Any]  # IDENTITY, recipe None of a classical method; once it is done, its result
 
 
 # Rows and runs
@@ -85,6 +88,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", nargs="+", metavar="ROW", default=["networks", "classical"], help="networks, classical, or names")
     add("--ablate", choices=RECIPES.keys() - {"paper"}, help='adds the rows "RECIPE without FIELD" and '
         '"paper with FIELD" for each field in which it differs from paper')  # fmt: skip
+    add("--pretrained", type=Path, metavar="CHECKPOINT", help='adds the row "pre-trained": the checkpoint, trained on '
+        "these stars for as long as paper is")  # fmt: skip
     add("--set", nargs="+", metavar="FIELD=VALUE", default=[], dest="fields", help="override fields of all recipes")
     add("--templates-dir", type=Path, metavar="TEMPLATES", help="directory with the published mean spectra")
     add("--per-class", type=count, nargs=2, metavar=("TRAIN", "TEST"), default=[80, 200], help="stars of each class")
@@ -123,6 +128,9 @@ def choose_rows(args: argparse.Namespace) -> dict[str, Recipe | None]:
         recipe = replace(recipe, **{field: getattr(PAPER, field) for field in UNUSED[recipe.modality]})
         if recipe not in networks.values():
             networks[name] = recipe
+    if args.pretrained:
+        recipe, paper = load_checkpoint(args.pretrained)[0].recipe, networks["paper"]
+        networks[PRETRAINED] = replace(recipe, num_epochs=paper.num_epochs, batch_size=paper.batch_size)
     others = dict.fromkeys(classical.methods(0, args.templates_dir))
     groups = {"networks": networks, "classical": others}
     names = [name for given in args.rows for name in groups.get(given, [given])]
@@ -178,7 +186,8 @@ def train_network(run: Run, training: PreparedStars, test: PreparedStars) -> tup
     options.recipe, options.validation_split = recipe, VALIDATION_SPLIT
     unread = dict.fromkeys({"spectra", "images"} - set(INPUTS[recipe.modality]))
     training, test = training._replace(**unread), test._replace(**unread)
-    classifier, trainer, record = train_best(options, training)
+    weights = load_checkpoint(Path(run["pretrained"]))[0].state_dict() if run["pretrained"] else None
+    classifier, trainer, record = train_best(options, training, weights)
     test_loader = StarLoader(test, np.arange(len(test.stars)), trainer.device)
     best = evaluate(classifier, test_loader)
     last = evaluate(trainer.classifier, test_loader)
@@ -196,7 +205,7 @@ def train_network(run: Run, training: PreparedStars, test: PreparedStars) -> tup
 
 def key(run: Run) -> str:
     """The identity of a run, without its result."""
-    return json.dumps([run[name] for name in ("row", "recipe", "set", "draw", "seed", "per_class")], sort_keys=True)
+    return json.dumps([run[name] for name in IDENTITY], sort_keys=True)
 
 
 def read_results(path: Path) -> dict[str, Run]:
@@ -238,8 +247,8 @@ def main() -> None:
             print(f"the set {name} is skipped: no {classical.TEMPLATES[name]} in --templates-dir")
             sets.remove(name)
     runs = [
-        {"row": row, "recipe": recipe and asdict(recipe), "set": name, "draw": draw, "seed": seed,
-         "per_class": args.per_class}
+        {"row": row, "recipe": recipe and asdict(recipe), "pretrained": str(args.pretrained) * (row == PRETRAINED),
+         "set": name, "draw": draw, "seed": seed, "per_class": args.per_class}
         for name in sets
         for draw in range(args.draws)
         for seed in range(args.seeds)

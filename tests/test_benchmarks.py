@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from common import SHARED_DATA, run_script
+from untrained import save_untrained
 
 from cli import DataError
 from evaluation import Evaluation
@@ -108,10 +109,12 @@ def test_accuracy_trains_compares_and_goes_on(tmp_path):
     one = run_script("benchmarks/accuracy.py", tmp_path, *few, *small, "--rows", "paper")
     assert one.returncode == 0, one.stderr
     assert "the set kesseli is skipped" in one.stdout
-    chosen = ["paper", "improved, spectra only", "improved, images only", "LDA on 32 band means"]
-    more = run_script("benchmarks/accuracy.py", tmp_path, *few, *small, "--rows", *chosen)
+    chosen = ["paper", "improved, spectra only", "improved, images only", "LDA on 32 band means", "pre-trained"]
+    checkpoint = save_untrained(tmp_path / "checkpoint.pth", tmp_path / "stars/simulated-0-train-10", "spectrum")
+    options = [*small, "--pretrained", str(checkpoint), "--rows", *chosen]
+    more = run_script("benchmarks/accuracy.py", tmp_path, *few, *options)
     assert more.returncode == 0, more.stderr
-    assert "4 runs, 3 of them to do" in more.stdout
+    assert "5 runs, 4 of them to do" in more.stdout
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(result["row"] for result in results) == sorted(chosen)
     assert {result["recipe"]["num_epochs"] for result in results if result["recipe"]} == {2}
@@ -124,7 +127,7 @@ def test_accuracy_trains_compares_and_goes_on(tmp_path):
     with open(tmp_path / "results.jsonl", "a", encoding="utf-8") as file:
         file.write('{"row": "pap')
     damaged = run_script("benchmarks/accuracy.py", tmp_path, *few, *small)
-    assert damaged.returncode == 1 and "results.jsonl, line 5: not a result" in damaged.stderr
+    assert damaged.returncode == 1 and "results.jsonl, line 6: not a result" in damaged.stderr
 
 
 @pytest.mark.slow
