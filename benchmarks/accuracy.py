@@ -65,7 +65,7 @@ NETWORKS = {
 # Fields that a network of one input does not use: rows that differ in these alone are one row.
 UNUSED = {
     "fusion": (),
-    "spectrum": ("sic_weight", "image_backbone", "image_weights", "rotate_and_flip", "image_dropout"),
+    "spectrum": ("sic_weight", "image_backbone", "image_weights", "image_dropout"),
     "image": ("sic_weight", "image_dropout", "smoothing", "continuum_degree"),
 }
 PRETRAINED = "pre-trained"

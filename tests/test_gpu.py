@@ -54,7 +54,7 @@ def test_captured_steps_give_the_losses_of_plain_ones(recipe, precision):
     assert torch.allclose(captured, plain, rtol=2e-3 if precision == "fp32" else 1e-2), (captured - plain).abs().max()
 
 
-def test_each_replay_draws_its_own_augmentation():
+def test_each_replay_hides_other_images():
     recipe = replace(PAPER, **SMALL, image_dropout=0.5, learning_rate=1e-9)
     trainer = Trainer(Classifier(recipe).cuda().train(), epochs=10, steps_per_epoch=10)
     (batch,) = random_batches(1)
