@@ -25,7 +25,7 @@ from recipe import Recipe
 
 # Identifies a checkpoint of train.py. The number is raised with any change of the code that the prediction depends on:
 # weights must not be used on inputs that they were not trained on.
-CHECKPOINT_FORMAT = "m-star classifier 6"
+CHECKPOINT_FORMAT = "m-star classifier 7"
 CHECKPOINT_KEYS = {"recipe", "precision", "weights", "config", "splits", "references", "epoch"}
 # What torch.load raises on files that are damaged or something else.
 UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)

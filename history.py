@@ -40,7 +40,7 @@ from star_files import catalog_path
 from survey_files import IMAGE_SIZE
 
 # Identifies the state of an unfinished run. The number is raised when a resumed run would go on differently.
-STATE_FORMAT = "m-star training state 8"
+STATE_FORMAT = "m-star training state 9"
 STATE_FILES = "last_state_{}.pth"
 # By epoch. A loss is the sum of its terms; the learning rate is that of the first step.
 EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val_recall", "val_f1",
