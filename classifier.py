@@ -16,8 +16,8 @@ from recipe import Recipe
 class Classifier(nn.Module):
     """A FusionModel, its weights random at first, behind the standardisation of its inputs.
 
-    forward: a Batch of B stars → image_features and spectrum_features (B, 512), None where the modality does not read
-    the input, and fuse_logits (B, 5) float32.
+    forward: a Batch of B stars → image_features and spectrum_features (B, 512), None where an input is
+    not read, and fuse_logits (B, 5) float32.
     """
 
     def __init__(self, recipe: Recipe, precision: str = "fp32") -> None:
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
         specs, imgs = self.standardise(batch.spectra, batch.images)
         device, in_bf16 = batch.targets.device, self.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16), attention_kernels(device):
-            *features, fuse_logits = self.network.forward_features(specs, imgs, batch.image_mask)
+            *features, fuse_logits = self.network.forward_features(specs, imgs)
         return *features, fuse_logits.float()
 
     def probabilities(self, fuse_logits: Tensor) -> Tensor:

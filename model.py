@@ -80,9 +80,8 @@ class FusionModel(nn.Module):
         image_backbone: a ResNet of torchvision; the paper's is "resnet152", smaller ones serve tests.
 
     forward: specs (B, 3522), standardised; imgs (B, 3, 128, 128), normalised as for ImageNet; B ≥ 1. An input that
-    the modality does not read may be None. image_mask (B,): the Transformer gets zeros for image tokens where it is
-    False →
-        align_logits (B, B): cosine of image i and spectrum j over the temperature; None unless both are read;
+    the modality does not read may be None. So may imgs of "fusion": the image tokens are zeros then →
+        align_logits (B, B): cosine of image i and spectrum j over the temperature; None without either;
         fuse_logits (B, num_classes): the classes, from the Transformer's [CLS] output.
     """
 
@@ -136,14 +135,12 @@ class FusionModel(nn.Module):
             elif isinstance(module, nn.MultiheadAttention):
                 nn.init.normal_(module.in_proj_weight, std=INIT_STD)
 
-    def forward(
-        self, specs: Tensor | None, imgs: Tensor | None, image_mask: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        image_features, spectrum_features, fuse_logits = self.forward_features(specs, imgs, image_mask)
+    def forward(self, specs: Tensor | None, imgs: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        image_features, spectrum_features, fuse_logits = self.forward_features(specs, imgs)
         return contrastive_logits(image_features, spectrum_features), fuse_logits
 
     def forward_features(
-        self, specs: Tensor | None, imgs: Tensor | None, image_mask: Tensor | None = None
+        self, specs: Tensor | None, imgs: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """image_features and spectrum_features (B, hidden_size), None where not read; fuse_logits (B, num_classes)."""
         image_features = spectrum_features = None
@@ -153,9 +150,10 @@ class FusionModel(nn.Module):
             spectrum_features, spectrum_tokens = self.spec_encoder(specs)
             tokens.append(spectrum_tokens + spectrum_type)
         if self.image_encoder is not None:
-            image_features, image_tokens = self.image_encoder(imgs)
-            if image_mask is not None:
-                image_tokens = image_tokens * image_mask[:, None, None]
+            if imgs is None:
+                image_tokens = torch.zeros_like(spectrum_tokens[:, :4])
+            else:
+                image_features, image_tokens = self.image_encoder(imgs)
             tokens.append(image_tokens + image_type)
         cls_token = (self.cls_token + spectrum_type).expand(len(tokens[0]), -1, -1)
         x = torch.cat([cls_token, *tokens], dim=1) + self.position_embedding  # (B, 1 + 32 + 4, 512)

@@ -26,8 +26,6 @@ from outliers import References, is_outlier, outlier_score
 from preparation import Batch, move
 from star_files import spectrum_numbers
 
-HIDDEN_SIZE = 32  # pixels a side of the blank image in place of one that is not there; the network does not see it
-
 
 class StarInputs(NamedTuple):
     """A star, and its files' content as the network gets it."""
@@ -49,11 +47,8 @@ def inputs_without_images(classifier: Classifier) -> tuple[str, ...]:
     recipe = classifier.recipe
     if recipe.modality == "image":
         raise DataError("this network classifies images; spectra need one of --modality spectrum or fusion")
-    if recipe.modality == "fusion" and not recipe.image_dropout:
-        print(
-            "warning: this network was not trained to do without images, and gets none: train one with "
-            "--modality spectrum, or with --image-dropout 0.5"
-        )
+    if recipe.modality == "fusion":
+        print("warning: this network was trained with images, and gets none; --modality spectrum trains one without")
     return ("spectra",)
 
 
@@ -91,21 +86,14 @@ def classify(classifier: Classifier, references: References, stars: Sequence[Sta
 
 
 def make_batch(classifier: Classifier, stars: Sequence[StarInputs]) -> Batch:
-    """The stars' inputs on the classifier's device; their targets are not known, and 0.
-
-    Where a network of both inputs gets no images, they are blank and hidden (`image_mask` False).
-    """
+    """The stars' inputs on the classifier's device; their targets are not known, and 0."""
     arrays = [entry.arrays for entry in stars]
     spectra, images = (
         torch.from_numpy(np.stack([own[kind] for own in arrays])) if kind in arrays[0] else None
         for kind in ("spectra", "images")
     )
-    image_mask = None
-    if classifier.recipe.modality == "fusion" and images is None:
-        images = torch.zeros(len(stars), 3, HIDDEN_SIZE, HIDDEN_SIZE, dtype=torch.uint8)
-        image_mask = torch.zeros(len(stars), dtype=torch.bool)
     targets = torch.zeros(len(stars), dtype=torch.int64)
-    return move(Batch(spectra, images, targets, image_mask), next(classifier.parameters()).device)
+    return move(Batch(spectra, images, targets), next(classifier.parameters()).device)
 
 
 @torch.inference_mode()
@@ -122,7 +110,7 @@ def predict_batch(classifier: Classifier, references: References, batch: Batch) 
     std = (probabilities * (subclass - mean[:, None]) ** 2).sum(dim=1).sqrt()
     shown = zip(mean.tolist(), std.clamp(min=0.1).tolist(), strict=True)
     # A star is an outlier if its spectrum or its image is: the larger score counts.
-    seen = {"spectra": batch.spectra, "images": batch.images if batch.image_mask is None else None}
+    seen = {"spectra": batch.spectra, "images": batch.images}
     scores = [outlier_score(kind, seen[kind], references[kind]) for kind in seen if seen[kind] is not None]
     score = torch.stack(scores).amax(dim=0)
     columns = {

@@ -46,12 +46,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Batch(NamedTuple):
-    """Some prepared stars; an input that the modality does not read is None."""
+    """Some prepared stars; an input that is not read is None."""
 
     spectra: Tensor | None  # (B, 2, 3522) float32: flux over its median, and its inverse variance
     images: Tensor | None  # (B, 3, 128, 128) uint8
     targets: Tensor  # (B,) int64 class indices
-    image_mask: Tensor | None = None  # (B,) bool: the Transformer sees the image; None: of all stars
 
 
 def prepare_spectrum(spectrum: Spectrum) -> np.ndarray:

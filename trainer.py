@@ -56,7 +56,7 @@ class Trainer:
 
     def _plain_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._losses(hide_images(batch, self.recipe.image_dropout))
+        losses = self._losses(batch)
         # Every process computes the loss of the whole batch, but back-propagates only through its own stars. The
         # gradients must be summed; DDP averages them.
         (losses.sum() * distributed.world_size()).backward()
@@ -85,13 +85,6 @@ class Trainer:
             rate = float(group["lr"])
             group |= {"capturable": on_gpu, "lr": torch.tensor(rate, device=self.device) if on_gpu else rate}
         self.scheduler.load_state_dict(states["scheduler"])
-
-
-def hide_images(batch: Batch, fraction: float) -> Batch:
-    """The batch with the images of a random fraction of its stars hidden from the Transformer (`image_mask` False)."""
-    if batch.spectra is None or batch.images is None or fraction == 0:
-        return batch
-    return batch._replace(image_mask=torch.rand(len(batch.images), device=batch.images.device) >= fraction)
 
 
 class CapturedStep:

@@ -65,8 +65,8 @@ NETWORKS = {
 # Fields that a network of one input does not use: rows that differ in these alone are one row.
 UNUSED = {
     "fusion": (),
-    "spectrum": ("sic_weight", "image_backbone", "image_weights", "image_dropout"),
-    "image": ("sic_weight", "image_dropout", "smoothing", "continuum_degree"),
+    "spectrum": ("sic_weight", "image_backbone", "image_weights"),
+    "image": ("sic_weight", "smoothing", "continuum_degree"),
 }
 PRETRAINED = "pre-trained"
 VALIDATION_SPLIT = 0.2

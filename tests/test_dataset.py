@@ -132,7 +132,7 @@ def test_evaluation_takes_all_stars_in_their_order(loader):
 def test_an_input_that_is_not_read_is_none():
     prepared = random_stars(2)._replace(images=None)
     (batch,) = StarLoader(prepared, np.arange(10), torch.device("cpu")).in_order(10)
-    assert batch.images is None and batch.image_mask is None and batch.spectra.shape == (10, 2, 3522)
+    assert batch.images is None and batch.spectra.shape == (10, 2, 3522)
 
 
 def test_the_next_item_is_read_while_the_last_is_used():

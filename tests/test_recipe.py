@@ -22,8 +22,8 @@ def test_the_papers_recipe_is_the_default():
     assert network == ("fusion", "resnet152", "imagenet", 8, 1.0)
 
 
-def test_the_papers_recipe_hides_and_filters_nothing():
-    assert (PAPER.image_dropout, PAPER.smoothing, PAPER.continuum_degree) == (0, 0, -1)
+def test_the_papers_recipe_filters_nothing():
+    assert (PAPER.smoothing, PAPER.continuum_degree) == (0, -1)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -58,7 +58,7 @@ def test_options_override_defaults_and_defaults_override_the_recipe():
         ("--modality", "both"),
         ("--learning-rate", "nan"),
         ("--batch-size", 2.5),
-        ("--image-dropout", 2),
+        ("--smoothing", -1),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_one_line(capsys, option, value):

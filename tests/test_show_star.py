@@ -144,7 +144,7 @@ def test_files_need_no_catalogue(stars_dir, tmp_path, checkpoint, texts, capsys)
         assert "b, label: M3" in second and "flux (relative)" in second and "TiO5 0." in second
         assert ("spectral type M" in first) == ("lost without this piece" in first) == bool(options)
     printed = capsys.readouterr().out
-    assert printed.count("star_a.png") == 3 and printed.count("not trained to do without images") == 1
+    assert printed.count("star_a.png") == 3 and printed.count("trained with images, and gets none") == 1
 
     run(star.name, zipped, "--data-dir", stars_dir)
     assert f"label: {star.subclass}" in texts[-1] and f"{star.name} ({star.spectrum_id})" in texts[-1]

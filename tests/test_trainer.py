@@ -14,7 +14,7 @@ from dataset import Batch
 from loss_sic import loss_sic
 from model import contrastive_logits
 from recipe import IMPROVED, PAPER, Recipe
-from trainer import Trainer, hide_images, make_optimizer, warmup_and_cosine
+from trainer import Trainer, make_optimizer, warmup_and_cosine
 
 SPECTRUM = replace(PAPER, modality="spectrum", num_layers=1)
 FUSION = replace(PAPER, image_backbone="resnet18", num_layers=1)
@@ -40,15 +40,6 @@ def test_a_step_follows_the_gradient_of_the_loss():
     expected = loss_sic(contrastive_logits(*features), fuse_logits, batch.targets)
     losses = [trainer.step(batch).sum().item() for _ in range(8)]
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5) and losses[-1] < 0.8 * losses[0]
-
-
-def test_a_fraction_of_the_images_is_hidden_and_no_input_that_is_alone():
-    batch = Batch(torch.ones(2000, 2, 1), torch.ones(2000, 3, 1, 1), torch.zeros(2000))
-    torch.manual_seed(0)
-    assert hide_images(batch, 0.3).image_mask.float().mean().item() == pytest.approx(0.7, abs=0.04)
-    for alone in (batch._replace(spectra=None), batch._replace(images=None)):
-        assert hide_images(alone, 0.3).image_mask is None
-    assert hide_images(batch, 0.0).image_mask is None
 
 
 def test_weights_decay_but_biases_norms_and_embeddings_do_not():
