@@ -94,6 +94,7 @@ def train_one_epoch(trainer: Trainer, loader: StarLoader, epoch: int, seed: int,
     """One pass over the training stars; returns the mean classification and contrastive loss by star."""
     batch_size = trainer.recipe.batch_size
     order = torch.Generator().manual_seed(random_stream(seed, epoch))
+    torch.manual_seed(random_stream(seed, epoch, distributed.rank() + 1))  # of the augmentation
     trainer.classifier.train()
     losses = LossMeter(trainer.device)
     batches = loader.epoch(batch_size, order)

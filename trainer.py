@@ -1,4 +1,4 @@
-"""One training step: loss, gradients, AdamW; on one GPU captured as a CUDA graph.
+"""One training step: augmentation, loss, gradients, AdamW; on one GPU captured as a CUDA graph.
 
 A step of this network is thousands of small kernels. Launched one by one from Python, they leave an H200 idle for most
 of the time. Captured once, they are launched together: benchmarks/README.md has the figures.
@@ -56,6 +56,8 @@ class Trainer:
 
     def _plain_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
+        if batch.images is not None and self.recipe.rotate_and_flip:
+            batch = batch._replace(images=rotate_and_flip(batch.images))
         losses = self._losses(batch)
         # Every process computes the loss of the whole batch, but back-propagates only through its own stars. The
         # gradients must be summed; DDP averages them.
@@ -85,6 +87,14 @@ class Trainer:
             rate = float(group["lr"])
             group |= {"capturable": on_gpu, "lr": torch.tensor(rate, device=self.device) if on_gpu else rate}
         self.scheduler.load_state_dict(states["scheduler"])
+
+
+def rotate_and_flip(images: Tensor) -> Tensor:
+    """Each image (B, 3, H, H) in one of its eight rotations and reflections: the sky has no up and no left."""
+    transposed, mirrored, upended = torch.rand(3, len(images), 1, 1, 1, device=images.device) < 0.5
+    images = torch.where(transposed, images.transpose(2, 3), images)
+    images = torch.where(mirrored, images.flip(3), images)
+    return torch.where(upended, images.flip(2), images)
 
 
 class CapturedStep:

@@ -65,7 +65,7 @@ NETWORKS = {
 # Fields that a network of one input does not use: rows that differ in these alone are one row.
 UNUSED = {
     "fusion": (),
-    "spectrum": ("sic_weight", "image_backbone", "image_weights"),
+    "spectrum": ("sic_weight", "image_backbone", "image_weights", "rotate_and_flip"),
     "image": ("sic_weight", "smoothing", "continuum_degree"),
 }
 PRETRAINED = "pre-trained"

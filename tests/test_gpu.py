@@ -54,6 +54,19 @@ def test_captured_steps_give_the_losses_of_plain_ones(recipe, precision):
     assert torch.allclose(captured, plain, rtol=2e-3 if precision == "fp32" else 1e-2), (captured - plain).abs().max()
 
 
+def test_each_replay_draws_its_own_augmentation():
+    recipe = replace(PAPER, **SMALL, rotate_and_flip=1, learning_rate=1e-9)
+    trainer = Trainer(Classifier(recipe).cuda().train(), epochs=10, steps_per_epoch=10)
+    (batch,) = random_batches(1)
+    torch.manual_seed(1)
+    first = [trainer.step(batch).sum().item() for _ in range(10)]
+    torch.manual_seed(1)
+    second = [trainer.step(batch).sum().item() for _ in range(10)]
+    assert len(set(first)) == 10 and first[4:] != second[4:]  # the first steps ran plainly
+    torch.manual_seed(1)
+    assert [trainer.step(batch).sum().item() for _ in range(10)] == pytest.approx(second, rel=1e-4)
+
+
 def test_state_on_the_gpu_goes_on_where_it_was():
     recipe = replace(IMPROVED, **SMALL, learning_rate=1e-5)
     torch.manual_seed(0)

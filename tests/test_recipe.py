@@ -22,8 +22,8 @@ def test_the_papers_recipe_is_the_default():
     assert network == ("fusion", "resnet152", "imagenet", 8, 1.0)
 
 
-def test_the_papers_recipe_filters_nothing():
-    assert (PAPER.smoothing, PAPER.continuum_degree) == (0, -1)
+def test_the_papers_recipe_filters_and_augments_nothing():
+    assert (PAPER.smoothing, PAPER.continuum_degree, PAPER.rotate_and_flip) == (0, -1, 0)
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -14,7 +14,7 @@ from dataset import Batch
 from loss_sic import loss_sic
 from model import contrastive_logits
 from recipe import IMPROVED, PAPER, Recipe
-from trainer import Trainer, make_optimizer, warmup_and_cosine
+from trainer import Trainer, make_optimizer, rotate_and_flip, warmup_and_cosine
 
 SPECTRUM = replace(PAPER, modality="spectrum", num_layers=1)
 FUSION = replace(PAPER, image_backbone="resnet18", num_layers=1)
@@ -30,16 +30,29 @@ def make_trainer(recipe: Recipe, epochs: int = 10, steps_per_epoch: int = 5) -> 
     return Trainer(Classifier(recipe).train(), epochs, steps_per_epoch)
 
 
-def weights_of(classifier: Classifier) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in classifier.parameters()]
-
-
 def test_a_step_follows_the_gradient_of_the_loss():
     trainer, batch = make_trainer(FUSION), batch_of(10)
     *features, fuse_logits = copy.deepcopy(trainer.classifier)(batch)
     expected = loss_sic(contrastive_logits(*features), fuse_logits, batch.targets)
     losses = [trainer.step(batch).sum().item() for _ in range(8)]
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5) and losses[-1] < 0.8 * losses[0]
+
+
+def test_images_are_rotated_and_flipped_in_all_eight_ways():
+    image = torch.arange(3 * 4 * 4, dtype=torch.uint8).view(3, 4, 4)
+    torch.manual_seed(0)
+    changed = rotate_and_flip(image.expand(400, -1, -1, -1))
+    ways = [image.rot90(k, (1, 2)).flip(axes) for k in range(4) for axes in ((), (2,))]
+    counts = [sum(torch.equal(one, way) for one in changed) for way in ways]
+    assert sum(counts) == 400 and min(counts) > 25
+
+
+@pytest.mark.parametrize("rotate_and_flip", [0, 1])
+def test_a_step_augments_if_the_recipe_says_so(rotate_and_flip):
+    trainer = make_trainer(replace(FUSION, rotate_and_flip=rotate_and_flip, learning_rate=1e-9))
+    batch = batch_of(10)
+    losses = [trainer.step(batch).sum().item() for _ in range(3)]
+    assert (max(losses) - min(losses) > 1e-3) == bool(rotate_and_flip)
 
 
 def test_weights_decay_but_biases_norms_and_embeddings_do_not():
