@@ -16,8 +16,8 @@ from recipe import Recipe
 class Classifier(nn.Module):
     """A FusionModel, its weights random at first, behind the standardisation of its inputs.
 
-    forward: a Batch of B stars → image_features and spectrum_features (B, 512), None where an input is
-    not read, and fuse_logits (B, 5) float32.
+    forward: a Batch of B stars → image_features and spectrum_features (B, 512), None where an input is not read, and
+    fuse_logits (B, 5) float32.
     """
 
     def __init__(self, recipe: Recipe, precision: str = "fp32") -> None:

@@ -19,7 +19,7 @@ def loss_terms(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the classes, and sic_weight · contrastive loss.
 
-    align_logits: (B, B), or None for a network of one modality, whose contrastive term is zero.
+    align_logits: (B, B), or None where an input is not read: the contrastive term is zero.
     fuse_logits: (B, num_classes).
     targets: (B,) class indices.
     """

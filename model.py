@@ -80,8 +80,8 @@ class FusionModel(nn.Module):
         image_backbone: a ResNet of torchvision; the paper's is "resnet152", smaller ones serve tests.
 
     forward: specs (B, 3522), standardised; imgs (B, 3, 128, 128), normalised as for ImageNet; B ≥ 1. An input that
-    the modality does not read may be None. So may imgs of "fusion": the image tokens are zeros then →
-        align_logits (B, B): cosine of image i and spectrum j over the temperature; None without either;
+    the modality does not read may be None. With "fusion", imgs may be None, too; its image tokens are zeros then →
+        align_logits (B, B): cosine of image i and spectrum j over the temperature; None unless both inputs are read;
         fuse_logits (B, num_classes): the classes, from the Transformer's [CLS] output.
     """
 

@@ -253,8 +253,8 @@ def draw_page(path: Path, page: Page) -> None:
     spectra = [draw_spectrum] * bool(page.spectrum) + [draw_input] * has_input
     spectra += [draw_occlusion] * (has_input and classified)
     with new_figure(path, (15, 0.3 + 3.4 * max(2, len(spectra))), dpi=110, software=SOFTWARE) as figure:
-        left, right = figure.subfigures(1, 2, width_ratios=(3.2, 1))
         panels = bool(page.cutout) + classified
+        left, right = figure.subfigures(1, 2, width_ratios=(3.2, 1)) if panels else (figure, None)
         for number, draw in enumerate(spectra):
             axes = left.add_subplot(len(spectra), 1, number + 1, sharex=left.axes[0] if number else None)
             draw(axes, page)
@@ -272,7 +272,11 @@ def draw_page(path: Path, page: Page) -> None:
 
 def page_title(page: Page) -> str:
     star, problem = page.inputs.star, page.inputs.problem
-    title = [star.name if star.file else f"{star.name} ({star.spectrum_id})", f"label: {star.subclass or 'none'}"]
+    is_named_after_file = star.file and Path(star.file).name.startswith(star.name)
+    title = [
+        star.name if is_named_after_file else f"{star.name} ({star.spectrum_id})",
+        f"label: {star.subclass or 'none'}",
+    ]
     if page.classifier:
         title.append(f"network: {page.row.get('predicted_subclass', 'not classified')}")
     title += ["SIMULATED"] * star.simulated

@@ -44,7 +44,7 @@ COLUMNS = {
     "simulated": Column(bool, "", "made by simulate_sdss_data.py"),
     "predicted_subclass": Column(str, "", "most probable subclass"),
     **{f"p_{name}": Column(float, "", f"calibrated probability of {name}") for name in CLASS_NAMES},
-    "spectral_type": Column(str, "", "expected subclass and its standard deviation"),
+    "spectral_type": Column(str, "", "expected subclass and its standard deviation, at least 0.1"),
     "expected_subclass": Column(float, "", "mean of 0 (M0) to 4 (M4) over the probabilities"),
     "expected_subclass_std": Column(float, "", "standard deviation of 0 to 4 over them"),
     "TiO5": Column(float, "", "band index, Reid et al. 1995"),

@@ -4,13 +4,13 @@
     python benchmarks/accuracy.py DIR --rows classical --draws 1 --seeds 1     minutes on two cores
     python benchmarks/accuracy.py DIR --ablate improved                        its differences from paper, one by one
     python benchmarks/accuracy.py DIR --set modality=spectrum num_layers=2     fields of every network's recipe
-    python benchmarks/accuracy.py DIR --pretrained CHECKPOINT                  and a network that goes on from there
+    python benchmarks/accuracy.py DIR --pretrained CHECKPOINT                  and a network that starts from it
 
 A set is a training directory of 400 stars (320 to train, 80 for checkpoint selection) and a test directory of 1000
 held-out stars; it is made in DIR/stars if it is not there. A run is one row on one draw of a set, with one seed of
 split and training. Its result is added to DIR/results.jsonl as it ends, and the same command again does only the runs
-that are missing. Results of a recipe that has changed since are ignored; after other changes of the code, use a new
-DIR.
+that are missing. Results of a recipe that has changed since are ignored; after other changes, of the code or of a
+checkpoint, use a new DIR.
 
 DIR/accuracy.md and accuracy.png have the weighted F1 by row and set, snr.png that of the networks by S/N. Differences
 between rows are paired: taken run by run and averaged within a set; their standard error is over the sets.
@@ -72,7 +72,7 @@ PRETRAINED = "pre-trained"
 VALIDATION_SPLIT = 0.2
 
 IDENTITY = ("row", "recipe", "pretrained", "set", "draw", "seed", "per_class")
-Run = dict[str, Any]  # IDENTITY, recipe None of a classical method; once it is done, its result
+Run = dict[str, Any]  # the keys of IDENTITY (recipe: None for a classical method) and, once it is done, its result
 
 
 # Rows and runs
@@ -88,8 +88,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", nargs="+", metavar="ROW", default=["networks", "classical"], help="networks, classical, or names")
     add("--ablate", choices=RECIPES.keys() - {"paper"}, help='adds the rows "RECIPE without FIELD" and '
         '"paper with FIELD" for each field in which it differs from paper')  # fmt: skip
-    add("--pretrained", type=Path, metavar="CHECKPOINT", help='adds the row "pre-trained": the checkpoint, trained on '
-        "these stars for as long as paper is")  # fmt: skip
+    add("--pretrained", type=Path, metavar="CHECKPOINT", help='adds the row "pre-trained": paper, with the network, '
+        "its weights and the preparation of spectra from the checkpoint")  # fmt: skip
     add("--set", nargs="+", metavar="FIELD=VALUE", default=[], dest="fields", help="override fields of all recipes")
     add("--templates-dir", type=Path, metavar="TEMPLATES", help="directory with the published mean spectra")
     add("--per-class", type=count, nargs=2, metavar=("TRAIN", "TEST"), default=[80, 200], help="stars of each class")
@@ -129,8 +129,9 @@ def choose_rows(args: argparse.Namespace) -> dict[str, Recipe | None]:
         if recipe not in networks.values():
             networks[name] = recipe
     if args.pretrained:
-        recipe, paper = load_checkpoint(args.pretrained)[0].recipe, networks["paper"]
-        networks[PRETRAINED] = replace(recipe, num_epochs=paper.num_epochs, batch_size=paper.batch_size)
+        recipe = load_checkpoint(args.pretrained)[0].recipe
+        fixed = {field: getattr(recipe, field) for field in train.FIXED}
+        networks[PRETRAINED] = replace(PAPER, **args.fields | fixed)
     others = dict.fromkeys(classical.methods(0, args.templates_dir))
     groups = {"networks": networks, "classical": others}
     names = [name for given in args.rows for name in groups.get(given, [given])]
@@ -247,8 +248,8 @@ def main() -> None:
             print(f"the set {name} is skipped: no {classical.TEMPLATES[name]} in --templates-dir")
             sets.remove(name)
     runs = [
-        {"row": row, "recipe": recipe and asdict(recipe), "pretrained": str(args.pretrained) * (row == PRETRAINED),
-         "set": name, "draw": draw, "seed": seed, "per_class": args.per_class}
+        {"row": row, "recipe": recipe and asdict(recipe), "set": name, "draw": draw, "seed": seed,
+         "pretrained": str(args.pretrained) if row == PRETRAINED else "", "per_class": args.per_class}
         for name in sets
         for draw in range(args.draws)
         for seed in range(args.seeds)

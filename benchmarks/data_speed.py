@@ -34,7 +34,7 @@ from simulate_sdss_data import simulate
 from star_files import catalog_path, cutout_path, spectrum_path
 
 BATCH_SIZE = 32
-YARDSTICK_STARS = 500  # at most, spread over the classes
+BASELINE_STARS = 500  # at most, spread over the classes
 
 
 def read_with_astropy_and_pillow(directory: Path, star: Star) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +75,7 @@ def resident_bytes(field: str) -> int:
 def measure(directory: Path, num_workers: int) -> list[tuple[str, str, str, str]]:
     """The rows of the table: figure, here, baseline, ratio."""
     stars, _ = read_catalog(catalog_path(directory))
-    some = stars[:: -(-len(stars) // YARDSTICK_STARS)]
+    some = stars[:: -(-len(stars) // BASELINE_STARS)]
     baseline = len(some) / seconds(lambda: [read_with_astropy_and_pillow(directory, star) for star in some])
 
     def row(figure: str, took: float) -> tuple[str, str, str, str]:

@@ -24,8 +24,8 @@ from catalog import CLASS_NAMES, Star
 from cli import ScriptParser, number_between, run_as_script
 from sdss_archive import cutout_url, spectrum_urls
 
-YARDSTICK_ADDRESSES = 4  # of the archive, tried for each star
-YARDSTICK_PAUSE = 1.0  # seconds, after each star
+BASELINE_ADDRESSES = 4  # of the archive, tried for each star
+BASELINE_PAUSE = 1.0  # seconds, after each star
 
 
 def make_stars(server: SdssServer, count: int) -> list[Star]:
@@ -52,10 +52,10 @@ def download_sequentially(stars: list[Star], server: SdssServer) -> float:
     """Seconds a star of the baseline."""
     started = time.perf_counter()
     for star in stars:
-        for url in YARDSTICK_ADDRESSES * spectrum_urls(star, server.sas_url, full=True)[:1]:
+        for url in BASELINE_ADDRESSES * spectrum_urls(star, server.sas_url, full=True)[:1]:
             requests.get(url, timeout=30)
         requests.get(cutout_url(star.ra, star.dec, server.skyserver_url), timeout=30)
-        time.sleep(YARDSTICK_PAUSE)
+        time.sleep(BASELINE_PAUSE)
     return (time.perf_counter() - started) / len(stars)
 
 
@@ -89,7 +89,7 @@ def main() -> None:
 | figure | here | baseline | |
 |---|---|---|---|
 | all files | {seconds:.1f} s | {sequential:.0f} s | × {sequential / seconds:.1f} |
-| requests | {requests_sent} | {(YARDSTICK_ADDRESSES + 1) * args.stars} | |
+| requests | {requests_sent} | {(BASELINE_ADDRESSES + 1) * args.stars} | |
 | most connections open | {connections} | 1 | |
 | cutouts a second | {(len(times) - 1) / (times[-1] - times[0]):.1f} | | |
 | bytes received, lite spectra and cutouts | {lite_bytes / 1e6:.1f} MB | {full_bytes / 1e6:.1f} MB with full spectra | \

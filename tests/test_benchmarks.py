@@ -1,6 +1,7 @@
 """The benchmarks: the classical methods, the statistics of accuracy.py, and the scripts on few stars."""
 
 import json
+from dataclasses import asdict, replace
 
 import accuracy
 import accuracy_report
@@ -12,6 +13,8 @@ import torch
 from common import SHARED_DATA, run_script
 from untrained import save_untrained
 
+from cache import read_stars
+from checkpoint import load_checkpoint
 from cli import DataError
 from evaluation import Evaluation
 from recipe import IMPROVED, PAPER
@@ -89,7 +92,24 @@ def test_an_ablation_changes_one_field():
     chosen = rows("--ablate", "improved")
     assert chosen["paper"] == PAPER and chosen["improved"] == IMPROVED
     assert chosen["improved without smoothing"].smoothing == PAPER.smoothing
-    assert chosen["paper with smoothing"] == accuracy.replace(PAPER, smoothing=IMPROVED.smoothing)
+    assert chosen["paper with smoothing"] == replace(PAPER, smoothing=IMPROVED.smoothing)
+
+
+def test_a_pretrained_row_starts_from_its_checkpoint(stars_dir, tmp_path, monkeypatch):
+    path = save_untrained(tmp_path / "checkpoint.pth", stars_dir, "spectrum")
+    recipe = rows("--pretrained", str(path), "--set", "num_epochs=3")["pre-trained"]
+    network = {"modality": "spectrum", "image_backbone": "resnet18", "num_layers": 1}
+    assert recipe == replace(PAPER, num_epochs=3, **network)
+    given = []
+    monkeypatch.setattr(accuracy, "train_best", lambda *arguments: given.append(arguments[2]) or 1 / 0)
+    prepared, _ = read_stars(stars_dir, "spectrum", 1)
+    with pytest.raises(ZeroDivisionError):  # instead of a training
+        accuracy.train_network({"recipe": asdict(recipe), "seed": 0, "pretrained": str(path)}, prepared, prepared)
+    expected = load_checkpoint(path)[0].state_dict()
+    assert (
+        all(torch.equal(expected[name], value) for name, value in given[0].items())
+        and given[0].keys() == expected.keys()
+    )
 
 
 def test_overrides_hold_for_every_network_and_train_none_twice():

@@ -162,4 +162,4 @@ def test_stars_held_on_the_device_come_in_the_same_batches():
         order = torch.Generator().manual_seed(1)
         batches.append([*loader.in_order(5), *loader.epoch(5, order)])
     for read, held in zip(*batches, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(read[:3], held[:3], strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(read, held, strict=True))

@@ -23,6 +23,7 @@ README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 # What makes a run short; it goes after the README's own options.
 SHORTER = {
     "train.py": "--epochs 1 --batch-size 16 --image-backbone resnet18 --layers 1 --image-weights none",
+    "simulate_sdss_data.py": "--per-class 8",
 }
 RUN_ELSEWHERE = {
     "train.py --demo": "tests/test_train.py::test_demo_makes_its_stars_once_and_keeps_to_its_directory",
@@ -64,9 +65,12 @@ def server() -> Iterator[sdss_server.SdssServer]:
 
 
 def fill_in(text: str, directory: Path) -> str:
-    """The README's text with a run's own in place of ID."""
-    training_id = next(directory.glob("checkpoints/*.pth")).stem.removeprefix("best_model_")
-    return re.sub(r"(?<![A-Za-z])ID(?![A-Za-z])", training_id, text)
+    """The README's text with checkpoints that are there in place of best_model_ID.pth."""
+
+    def checkpoint(match: re.Match) -> str:
+        return str(next(directory.glob(f"{match[1]}*.pth")).relative_to(directory))
+
+    return re.sub(r"([\w/]*checkpoints/best_model_)ID\.pth", checkpoint, text)
 
 
 @pytest.mark.parametrize("command", [line for line in commands(README) if not line.endswith(tuple(RUN_ELSEWHERE))])
