@@ -340,3 +340,12 @@ def test_any_other_text_is_refused_or_gives_stars_that_can_be_named(path, conten
         for star in stars:
             assert star.name and not {"/", "\\", "\0"} & set(star.name) and not star.name.startswith(".")
             assert star.subclass in ("", *CLASS_NAMES)
+
+
+def test_rows_left_out_are_reported_by_reason(capsys):
+    catalog.report_left_out(Counter({"subclass K7 is not one of M0": 2, "repeats a spectrum": 1}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "rows of the catalogue left out: 2 (subclass K7 is not one of M0)",
+        "rows of the catalogue left out: 1 (repeats a spectrum)",
+    ]
