@@ -53,7 +53,7 @@ class Recipe:
 
 
 PAPER = Recipe()
-# F1 of spectra alone, mean over four sets of stars: 0.81 for PAPER, 0.87 for IMPROVED; see docs/accuracy.md.
+# F1 of spectra alone, mean over four sets of stars: 0.81 for PAPER, 0.88 for IMPROVED; see docs/accuracy.md.
 IMPROVED = dataclasses.replace(PAPER, continuum_degree=3, smoothing=3.0, rotate_and_flip=1)
 RECIPES = {"paper": PAPER, "improved": IMPROVED}
 
