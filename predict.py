@@ -13,8 +13,8 @@ below spectra/ and images/. The table has a row for each star:
     catalog_subclass                     the catalogue's label; for a FILE, the survey's class in its header or table
     predicted_subclass, p_M0 ... p_M4    the most probable subclass, and the calibrated probability of each
     spectral_type                        "M2.5 +/- 0.4": mean and standard deviation of the subclass over the
-                                         probabilities, the latter at least 0.1; unrounded in expected_subclass and
-                                         expected_subclass_std
+                                         probabilities, the latter at least 0.1; as it is, and with more digits, in
+                                         expected_subclass and expected_subclass_std
     TiO5, CaH2, CaH3                     band indices, each with its error, _err, from the spectrum's noise
     zeta, metallicity_class              dM, sdM, esdM or usdM (indices.py)
     EW_Halpha, is_active                 equivalent width in Angstrom, positive in emission

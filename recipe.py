@@ -49,7 +49,7 @@ class Recipe:
     smoothing: float = _option(0.0, number_between(float, 0, 100), "sigma of the spectra's smoothing, pixels; 0: none")
 
     # Images of the training stars: as they are.
-    rotate_and_flip: int = _option(0, (0, 1), "rotate them by quarter turns and mirror them, at random in each step")
+    rotate_and_flip: int = _option(0, (0, 1), "rotate images by quarter turns and mirror them, at random in each step")
 
 
 PAPER = Recipe()

@@ -106,10 +106,8 @@ def test_a_pretrained_row_starts_from_its_checkpoint(stars_dir, tmp_path, monkey
     with pytest.raises(ZeroDivisionError):  # instead of a training
         accuracy.train_network({"recipe": asdict(recipe), "seed": 0, "pretrained": str(path)}, prepared, prepared)
     expected = load_checkpoint(path)[0].state_dict()
-    assert (
-        all(torch.equal(expected[name], value) for name, value in given[0].items())
-        and given[0].keys() == expected.keys()
-    )
+    assert given[0].keys() == expected.keys()
+    assert all(torch.equal(expected[name], value) for name, value in given[0].items())
 
 
 def test_overrides_hold_for_every_network_and_train_none_twice():
