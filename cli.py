@@ -162,7 +162,7 @@ def refuse_foreign_file(path: Path, *marks: str, head_bytes: int = 1024) -> None
         with open(path, "rb") as file:
             head = file.read(head_bytes)
         if not all(mark.encode() in head for mark in marks):
-            raise DataError(f"{path}: exists, and this script did not write it; give another --output")
+            raise DataError(f"{path}: exists, and this script did not write it; move it away, or write elsewhere")
 
 
 # Errors of file systems without locks, as some NFS, FUSE and cluster mounts are.

@@ -8,6 +8,8 @@ import torch
 import distributed
 from cli import DataError
 
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # in messages of PyTorch and CUDA, and of cuBLAS and cuDNN
+
 
 def choose_device(name: str) -> torch.device:
     """The device that --device names; "auto" is this process's GPU if there is one. Raises DataError without it.
@@ -21,8 +23,13 @@ def choose_device(name: str) -> torch.device:
     if distributed.local_rank() >= torch.cuda.device_count():
         raise DataError(f"{torch.cuda.device_count()} GPU(s) here, one for each process: lower --nproc-per-node")
     torch.set_float32_matmul_precision("high")
-    torch.cuda.set_device(distributed.local_rank())
-    return torch.device("cuda", distributed.local_rank())
+    device = torch.device("cuda", distributed.local_rank())
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device)
+    except RuntimeError as error:  # too old for this PyTorch, taken by another process, or full
+        raise DataError(f"the GPU cannot be used ({str(error).splitlines()[0]}); use --device cpu") from error
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -48,5 +55,7 @@ def out_of_memory_hint(hint: str) -> Iterator[None]:
     """Raise DataError, with the hint as its remedy, if the GPU runs out of memory in the block."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not any(mark in str(error) for mark in OUT_OF_MEMORY):
+            raise
         raise DataError(f"the GPU's memory is full; {hint}") from error

@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cli import DataError
 
+_alone = False  # whether this process goes on without the others after a failure
+
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
@@ -33,30 +35,38 @@ def process_group() -> Iterator[None]:
         dist.init_process_group()
     except ValueError as error:  # a variable of torchrun's is missing
         raise DataError(f"the processes cannot find each other ({error}); start them by torchrun") from None
-    try:
-        yield
-    finally:
-        leave()
+    yield
+    leave()
 
 
-def leave() -> None:
-    """From here on each process works alone, and counts as the first."""
-    if dist.is_initialized():
+def leave(*, failed: bool = False) -> None:
+    """From here on each process works alone, and counts as the first.
+
+    After a failure nothing is closed: NCCL would wait for the others, which may wait for this one. torchrun ends them.
+    """
+    global _alone
+    if failed:
+        _alone = True
+    elif _together():
         dist.destroy_process_group()
+
+
+def _together() -> bool:
+    return dist.is_initialized() and not _alone
 
 
 def rank() -> int:
     """This process's number, 0 for the one that prints and writes files."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _together() else 0
 
 
 def local_rank() -> int:
     """This process's number on its machine, and that of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+    return int(os.environ["LOCAL_RANK"]) if _together() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _together() else 1
 
 
 def gather_stars(values: Tensor) -> Tensor:

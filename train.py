@@ -67,7 +67,8 @@ DEMO_SNR = (5, 60)  # brighter than the catalogue's stars, so that few stars and
 class LossMeter:
     """The mean of each term of the loss over an epoch, without waiting for the device.
 
-    Raises DataError once a loss that is not finite has arrived on the host, a few steps late on a GPU.
+    Raises DataError once a loss that is not finite has arrived on the host: a few steps late on a GPU; of several
+    processes, at the end of the epoch, in all of them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,7 +78,8 @@ class LossMeter:
     def add(self, losses: Tensor) -> None:
         self.total += losses
         self.steps += 1
-        self.check(self.host_total)
+        if distributed.world_size() == 1:
+            self.check(self.host_total)
         self.host_total.copy_(self.total, non_blocking=True)
 
     def means(self) -> list[float]:
@@ -202,10 +204,12 @@ def train(
         try:
             with writer as scalars:
                 fit(trainer, loaders, training, paths, contents | {"config": config}, scalars)
-        except (KeyboardInterrupt, DataError, OSError) as reason:
+        except (KeyboardInterrupt, DataError, OSError, torch.OutOfMemoryError) as reason:
             stopped = reason
-        distributed.leave()
+        distributed.leave(failed=stopped is not None)
         if not first:
+            if isinstance(stopped, OSError | torch.OutOfMemoryError):  # of this process alone; torchrun ends the others
+                raise stopped
             return record  # the first process finishes alone
         if stopped and training.states:
             with contextlib.suppress(OSError):  # the disk is full: an earlier state may be there
@@ -404,7 +408,7 @@ def main(args: argparse.Namespace) -> None:
     with (
         distributed.process_group(),
         quietly(args.quiet or distributed.rank() > 0),
-        out_of_memory_hint("try a smaller --batch-size"),
+        out_of_memory_hint("try a smaller --batch-size, or --device cpu"),
     ):
         if args.evaluate:
             evaluate_checkpoint(args)

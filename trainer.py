@@ -25,7 +25,7 @@ class Trainer:
     """A classifier in training, with its optimizer and schedule.
 
     step(batch): learns from a Batch on the classifier's device; returns both terms of its loss, a tensor (2,) there
-        that the next call may overwrite. Nothing waits for the device.
+        that the next call may overwrite. On one GPU, nothing waits for it.
     """
 
     def __init__(self, classifier: Classifier, epochs: int, steps_per_epoch: int) -> None:
@@ -42,10 +42,10 @@ class Trainer:
         warmup_steps = min(round(recipe.warmup_epochs * steps_per_epoch), math.ceil(total_steps / 3))
         self.scheduler = LambdaLR(self.optimizer, warmup_and_cosine(warmup_steps, total_steps))
         one_gpu = self.device.type == "cuda" and distributed.world_size() == 1
-        self._learn = CapturedStep(self._plain_step) if one_gpu else self._plain_step
+        self.captured = CapturedStep() if one_gpu else None
 
     def step(self, batch: Batch) -> Tensor:
-        losses = self._learn(batch)
+        losses = self.captured(self._plain_step, batch) if self.captured else self._plain_step(batch)
         self.scheduler.step()
         return losses
 
@@ -80,8 +80,9 @@ class Trainer:
         return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
 
     def load_state_dict(self, states: dict[str, Any]) -> None:
+        """Go on from these states, which stay as they are. Must be called before the first step."""
         self.classifier.load_state_dict(states["classifier"])
-        self.optimizer.load_state_dict(states["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(states["optimizer"]))  # torch would go on in these tensors
         on_gpu = self.device.type == "cuda"
         for group in self.optimizer.param_groups:  # the state may come from another kind of device
             rate = float(group["lr"])
@@ -100,25 +101,25 @@ def rotate_and_flip(images: Tensor) -> Tensor:
 class CapturedStep:
     """Runs the first steps as they are, then captures one as a CUDA graph and replays it; all batches are alike."""
 
-    def __init__(self, step: Callable[[Batch], Tensor]) -> None:
-        self.step, self.plain_steps, self.graph = step, 0, None
-        self.stream = torch.cuda.Stream()
+    def __init__(self) -> None:
+        self.plain_steps, self.graph, self.stream = 0, None, torch.cuda.Stream()
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, step: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         if self.plain_steps < PLAIN_STEPS:
             self.plain_steps += 1
             # torch.cuda.graph asks for steps on a stream of their own before the capture.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                losses = self.step(batch)
+                losses = step(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return losses
         if self.graph is None:
             self.batch = Batch(*(None if part is None else part.clone() for part in batch))
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # The thread that reads the next batch may use the GPU meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.losses = self.step(self.batch)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.losses = step(self.batch)
+            self.graph = graph
         for own, part in zip(self.batch, batch, strict=True):
             if part is not None:
                 own.copy_(part)

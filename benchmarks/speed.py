@@ -4,8 +4,8 @@
     python benchmarks/speed.py --batch-sizes 8 --image-backbone resnet18    a small one, for CPUs
     python benchmarks/speed.py --candidates                            with other implementations of the step
 
-"Plain" is the same network in float32, in PyTorch's default memory layout, with its default Adam. All take turns, round
-by round, so that changes of the machine's speed affect all; ratios are medians over the rounds. A step's floating-point
+"Plain" is the same network in float32, in PyTorch's default memory layout, with its default Adam. Each row takes turns
+with it, so that changes of the machine's speed affect both; ratios are medians over the rounds. A step's floating-point
 operations are counted by torch (matrix products, convolutions and attention, forwards and backwards); the machine's own
 rate is that of large bf16 matrix products.
 """
@@ -16,15 +16,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
+
+from training_run import train_best
 
 import train
 from cache import PreparedStars
@@ -37,11 +41,14 @@ from loss_sic import loss_sic
 from preparation import SPECTRUM_LENGTH, Batch
 from recipe import IMAGE_BACKBONES, IMPROVED, PAPER, Recipe
 from survey_files import IMAGE_SIZE
+from train_options import parse_arguments as parse_training_options
 from trainer import Trainer
 
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 STEPS = {"cpu": 1, "cuda": 10}  # in a round
 EPOCH_BATCHES = 16  # of the epoch that is profiled
+
+Work = Callable[[], object]  # a training step, or a forward pass
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,7 +84,7 @@ def plain_classifier(recipe: Recipe, device: torch.device) -> Classifier:
     return Classifier(recipe, "fp32").to(memory_format=torch.contiguous_format).to(device)
 
 
-def plain_step(recipe: Recipe, batch: Batch, device: torch.device) -> Callable[[], None]:
+def plain_step(recipe: Recipe, batch: Batch, device: torch.device) -> Work:
     classifier = plain_classifier(recipe, device).train()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-4)
 
@@ -104,8 +111,8 @@ class HalfWeightsTrainer(Trainer):
         kept = {parameter for norm in norms for parameter in norm.parameters()}
         kept |= {network.cls_token, network.position_embedding, network.token_type_embedding.weight}
         self.weights = {name: weight for name, weight in classifier.named_parameters() if weight not in kept}
-        self.halves = {name: weight.detach().bfloat16().requires_grad_() for name, weight in self.weights.items()}
-        self.ddp_model = lambda batch: torch.func.functional_call(classifier, self.halves, (batch,))
+        self.halves = halves = {k: weight.detach().bfloat16().requires_grad_() for k, weight in self.weights.items()}
+        self.ddp_model = lambda batch: torch.func.functional_call(classifier, halves, (batch,))
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad():
@@ -135,23 +142,28 @@ class CompiledTrainer(Trainer):
 
 def our_step(
     recipe: Recipe, batch: Batch, device: torch.device, kind: type[Trainer] = Trainer, precision: str = "auto"
-) -> Callable[[], None]:
+) -> Work:
     classifier = Classifier(recipe, choose_precision(precision, device)).to(device).train()
     trainer = kind(classifier, epochs=100, steps_per_epoch=100)
     return lambda: trainer.step(batch)
 
 
-def plain_evaluation(recipe: Recipe, batch: Batch, device: torch.device) -> Callable[[], None]:
+def plain_evaluation(recipe: Recipe, batch: Batch, device: torch.device) -> Work:
     classifier = plain_classifier(recipe, device).eval()
-    return torch.inference_mode()(lambda: classifier(batch))
+
+    def forward() -> object:
+        specs, imgs = classifier.standardise(batch.spectra, batch.images)
+        return classifier.network(specs, imgs.contiguous())
+
+    return torch.inference_mode()(forward)
 
 
-def our_evaluation(recipe: Recipe, batch: Batch, device: torch.device) -> Callable[[], None]:
+def our_evaluation(recipe: Recipe, batch: Batch, device: torch.device) -> Work:
     classifier = Classifier(recipe, choose_precision("auto", device)).to(device).eval()
     return torch.inference_mode()(lambda: classifier(batch))
 
 
-def seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
+def seconds(work: Work, times: int, device: torch.device) -> float:
     """The mean duration of a call."""
 
     def synchronise() -> None:
@@ -184,31 +196,35 @@ def count_operations(recipe: Recipe, device: torch.device) -> tuple[float, float
     return counter.get_total_flops() / 2, forward / 2
 
 
-def time_in_turns(
-    works: dict[str, Callable[[], None]], rounds: int, device: torch.device
-) -> dict[str, tuple[float, float, float]]:
-    """By name: seconds of the first five calls, seconds of a later one, and the speed relative to the first work."""
-    starts = {name: seconds(work, 5, device) * 5 for name, work in works.items()}
-    times = [{name: seconds(work, STEPS[device.type], device) for name, work in works.items()} for _ in range(rounds)]
-    first = next(iter(works))
-    return {
-        name: (
-            starts[name],
-            statistics.median(one[name] for one in times),
-            statistics.median(one[first] / one[name] for one in times),
-        )
-        for name in works
-    }
+def print_rows(
+    kind: str, plain: Work, others: dict[str, Callable[[], Work]], stars: int, operations: float, rate: float,
+    rounds: int, device: torch.device,
+) -> None:  # fmt: skip
+    """Time the plain work, and each of the others in turns with it; one is made when it is timed, and gone afterwards.
 
-
-def print_rows(times: dict, stars: int, operations: float, rate: float) -> None:
-    for name, (start, each, ratio) in times.items():
+    stars: of a call; operations: of a star; rate: of matrix products.
+    """
+    for name, make in {"plain": lambda: plain, **others}.items():
+        try:
+            work = make()
+            start = 5 * seconds(work, 5, device)
+            times = [[seconds(one, STEPS[device.type], device) for one in (plain, work)] for _ in range(rounds)]
+        except torch.OutOfMemoryError:
+            print(f"| {kind}, {name} | {stars} | does not fit | | | |", flush=True)
+            continue
+        finally:
+            work = None  # a captured step keeps its memory
+            torch.cuda.empty_cache()
+        each = statistics.median(own for _, own in times)
+        ratio = statistics.median(other / own for other, own in times)
         share = operations * stars / each / rate
-        print(f"| {name} | {stars} | {stars / each:,.0f} | × {ratio:.2f} | {share:.1%} | {start:.1f} |", flush=True)
+        speed = f"{stars / each:,.0f} | × {ratio:.2f} | {share:.1%}"
+        print(f"| {kind}, {name} | {stars} | {speed} | {start:.1f} |", flush=True)
 
 
 def idle_share(recipe: Recipe, batch_size: int, device: torch.device) -> float:
-    """The share of an epoch in which the GPU runs no kernel."""
+    """The share of an epoch in which the GPU runs no kernel. The profiler takes some time itself."""
+    recipe = replace(recipe, batch_size=batch_size)
     classifier = Classifier(recipe, choose_precision("auto", device)).to(device)
     trainer = Trainer(classifier, epochs=2, steps_per_epoch=EPOCH_BATCHES)
     stars = random_stars(EPOCH_BATCHES * batch_size)
@@ -220,8 +236,21 @@ def idle_share(recipe: Recipe, batch_size: int, device: torch.device) -> float:
         train.train_one_epoch(trainer, loader, 2, 0, "")
         torch.cuda.synchronize()
         elapsed = time.perf_counter() - started
-    busy = sum(event.device_time_total for event in profiler.events()) / 1e6
-    return 1 - busy / elapsed
+    on_gpu = (event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA)
+    busy, end = 0.0, 0.0
+    for kernel in sorted(on_gpu, key=lambda kernel: kernel.start):  # of several streams: they may overlap
+        busy += max(0.0, kernel.end - max(kernel.start, end))
+        end = max(end, kernel.end)
+    return 1 - busy / 1e6 / elapsed
+
+
+def training_seconds(recipe: Recipe, stars: int = 400) -> float:
+    """Seconds of a training by train.py on stars from its cache: from the split to the last epoch's checkpoint."""
+    options = parse_training_options(train.__doc__, [])
+    options.recipe = replace(recipe, image_weights="none")
+    started = time.perf_counter()
+    train_best(options, random_stars(stars))
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -240,22 +269,26 @@ def main() -> None:
     )
     for size in args.batch_sizes:
         batch = make_batch(size, device)
-        works = {"training, plain": plain_step(recipe, batch, device), "training": our_step(recipe, batch, device)}
-        works["training, improved"] = our_step(improved, batch, device)
+        step = partial(our_step, recipe, batch, device)
+        others = {"paper": step, "improved": partial(our_step, improved, batch, device)}
         if args.candidates:
-            works["training, float32 (TF32)"] = our_step(recipe, batch, device, precision="fp32")
-            works["training, bf16 weights"] = our_step(recipe, batch, device, HalfWeightsTrainer, "bf16")
-            works["training, compiled"] = our_step(recipe, batch, device, CompiledTrainer)
-        print_rows(time_in_turns(works, args.rounds, device), size, of_step, rate)
+            others["paper, float32 (TF32)"] = partial(step, precision="fp32")
+            others["paper, bf16 weights"] = partial(step, HalfWeightsTrainer, "bf16")
+            others["paper, compiled"] = partial(step, CompiledTrainer)
+        plain = plain_step(recipe, batch, device)
+        print_rows("training", plain, others, size, of_step, rate, args.rounds, device)
     for size in args.evaluation_sizes:
         batch = make_batch(size, device)
-        works = {"evaluation, plain": plain_evaluation(recipe, batch, device)}
-        works["evaluation"] = our_evaluation(recipe, batch, device)
-        print_rows(time_in_turns(works, args.rounds, device), size, of_forward, rate)
+        others = {"paper": partial(our_evaluation, recipe, batch, device)}
+        plain = plain_evaluation(recipe, batch, device)
+        print_rows("evaluation", plain, others, size, of_forward, rate, args.rounds, device)
     if device.type == "cuda":
         with quietly():
-            idle = {size: idle_share(recipe, size, device) for size in args.batch_sizes if size <= 128}
-        print("\nGPU idle in an epoch: " + ", ".join(f"{share:.1%} at batch {size}" for size, share in idle.items()))
+            idle = {size: idle_share(recipe, size, device) for size in args.batch_sizes}
+            whole = training_seconds(recipe)
+        for size, share in idle.items():
+            print(f"\nGPU idle in an epoch of batches of {size}: {share:.1%}")
+        print(f"\na whole training, 400 stars, {recipe.num_epochs} epochs: {whole:.1f} s")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import classical
 import numpy as np
 import pandas as pd
 import pytest
+import speed
 import torch
 from common import SHARED_DATA, run_script
 from untrained import save_untrained
@@ -158,3 +159,22 @@ def test_download_speed_keeps_to_its_connections():
     }
     assert table["requests"] == "24" and int(table["most connections open"]) <= 3
     assert float(table["cutouts a second"]) <= 55
+
+
+@pytest.mark.slow
+def test_speed_compares_every_step_with_the_plain_one():
+    options = ["--image-backbone", "resnet18", "--batch-sizes", "4", "--evaluation-sizes", "4", "--rounds", "1"]
+    done = run_script("benchmarks/speed.py", *options, "--candidates")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert [row[0] for row in rows[2:]] == [
+        *(f"training, {name}" for name in ("plain", "paper", "improved")),
+        *(f"training, paper, {name}" for name in ("float32 (TF32)", "bf16 weights", "compiled")),
+        *("evaluation, plain", "evaluation, paper"),
+    ]
+    assert all(float(row[3].removeprefix("× ")) > 0.1 for row in rows[2:])
+
+
+def test_speed_times_a_whole_training():
+    few = replace(PAPER, image_backbone="resnet18", num_layers=1, num_epochs=1)
+    assert 0 < speed.training_seconds(few, stars=25) < 120

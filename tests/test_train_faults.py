@@ -20,6 +20,7 @@ import classifier
 import train
 from catalog import read_catalog
 from cli import DataError
+from device import out_of_memory_hint
 from evaluation import Evaluation
 from star_files import catalog_path, spectrum_path
 
@@ -86,6 +87,17 @@ def test_options_that_cannot_be_are_refused(capsys, options, message):
 def test_a_gpu_that_is_not_there_is_refused(stars_dir, tmp_path):
     with pytest.raises(DataError, match="--device cuda: PyTorch finds no GPU"):
         train_here("--data-dir", stars_dir, "--output-dir", tmp_path / "out", *SPECTRUM, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA out of memory. Tried to allocate 2.00 GiB.", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"],
+)
+def test_a_full_gpu_is_told_from_other_errors(message):
+    with pytest.raises(DataError, match="the GPU's memory is full; try"), out_of_memory_hint("try"):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_hint("try"):
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_within_its_epoch(stars_dir, tmp_path, monkeypatch):

@@ -111,9 +111,21 @@ def test_a_trainer_goes_on_from_its_state(recipe):
 def test_a_state_is_a_copy():
     trainer, batch = make_trainer(SPECTRUM), batch_of(5)
     states = trainer.state_dict()
-    before = copy.deepcopy(states["classifier"])
+    before = copy.deepcopy(states)
     trainer.step(batch)
-    assert all(torch.equal(value, states["classifier"][name]) for name, value in before.items())
+    torch.testing.assert_close(states, before, rtol=0, atol=0)
+
+
+def test_a_state_stays_as_it_was_when_training_goes_on_from_it():
+    trainer, batch = make_trainer(SPECTRUM), batch_of(5)
+    trainer.step(batch)
+    states = trainer.state_dict()
+    before = copy.deepcopy(states)
+    other = make_trainer(SPECTRUM)
+    other.load_state_dict(states)
+    other.step(batch)
+    torch.testing.assert_close(states["optimizer"]["state"], before["optimizer"]["state"], rtol=0, atol=0)
+    torch.testing.assert_close(states["classifier"], before["classifier"], rtol=0, atol=0)
 
 
 def test_a_loss_that_is_not_a_number_is_returned_as_it_is():
