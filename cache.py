@@ -10,7 +10,6 @@ that prepares them), all files are decoded again: a few minutes for 100,000 star
 does no harm, not even during a run.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -28,7 +27,6 @@ import numpy as np
 import PIL
 import scipy
 import torch
-from filelock import Timeout
 from torch import Tensor
 
 import cli
@@ -49,7 +47,7 @@ INPUTS = {"fusion": ("spectra", "images"), "spectrum": ("spectra",), "image": ("
 MISSING = {"spectra": "no spectrum", "images": "no image"}
 FEW_STARS = 128  # up to so many, one process is done before worker processes have started
 
-Paths = dict[str, Path | None]  # of a star's files, "spectra" and "images"
+StarFiles = dict[str, Path | None]  # of a star's files, "spectra" and "images"
 
 
 class Finding(NamedTuple):
@@ -90,6 +88,8 @@ class CachedArray:
     def __getitem__(self, indices: slice | Tensor | np.ndarray) -> Tensor:
         if file_stamp(self.file.fileno()) != self.stamp:
             raise DataError(f"{self.file.name}: was changed while it was read; run again, and it is made anew")
+        if not isinstance(indices, slice):
+            indices = np.asarray(indices)  # NumPy takes a tensor of one index for a number
         # Mapped for one batch at a time: pages once read would count, and stay, as this process's memory.
         mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         return torch.from_numpy(np.frombuffer(mapped, self.dtype)[self.rows[indices]])
@@ -132,7 +132,10 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
             f"{data_dir}: none of the {len(stars)} stars of its objects.csv can be used "
             f"(the first: {checked[0].problem or checked[0].state}); "
             f"python download_sdss_data.py --data-dir {data_dir} fetches files"
-            + ("; --modality spectrum needs no images" * all(entry.state == MISSING["images"] for entry in checked))
+            + (
+                "; a network of --modality spectrum needs no images"
+                * all(entry.state == MISSING["images"] for entry in checked)
+            )
         )
     for array in cache.arrays.values():
         array.rows = rows
@@ -146,7 +149,7 @@ def read_stars(data_dir: Path, modality: str, num_workers: int) -> tuple[Prepare
     }
 
 
-def check_star(star: Star, paths: Paths, found: dict[str, Finding], kinds: tuple[str, ...]) -> CheckedStar:
+def check_star(star: Star, paths: StarFiles, found: dict[str, Finding], kinds: tuple[str, ...]) -> CheckedStar:
     """Check whether a network that reads these kinds of file can use the star."""
     # Files that the network does not read still give the position, and whether the star is simulated.
     star = star._replace(simulated=star.simulated or any(finding.simulated for finding in found.values()))
@@ -174,28 +177,24 @@ def report_usable(checked: list[CheckedStar]) -> None:
             print(f"set aside: {entry.problem}")
 
 
-def up_to_date_cache(data_dir: Path, files: dict[Star, Paths], num_workers: int) -> Cache:
+def up_to_date_cache(data_dir: Path, files: dict[Star, StarFiles], num_workers: int) -> Cache:
     """The data directory's cache, made anew if it is not of these stars and files."""
-    directory, wanted = data_dir / CACHE_DIR, fingerprint(files)
+    directory, wanted = data_dir / CACHE_DIR, files_digest(files)
     if cache := open_cache(directory, wanted):
         return cache
     try:
         directory.mkdir(exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(cli.file_lock(directory / ".lock", timeout=0))
-            except Timeout:
-                print("another run is reading these stars' files; waiting for it", flush=True)
-                stack.enter_context(cli.file_lock(directory / ".lock", timeout=-1))
+        waiting = "another run is reading these stars' files; waiting for it"
+        with cli.file_lock(directory / ".lock", timeout=-1, waiting=waiting):
             if cache := open_cache(directory, wanted):  # the other run's
                 return cache
             for leftover in directory.glob("partial-*"):  # of a killed run
                 shutil.rmtree(leftover, ignore_errors=True)
-            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="partial-", dir=directory))
-            cache = make_cache(Path(temporary), wanted, files, num_workers)
-            for name in (*ROWS, INDEX_FILE):
-                os.replace(Path(temporary, name), directory / name)
-            return cache
+            with tempfile.TemporaryDirectory(prefix="partial-", dir=directory) as temporary:
+                cache = make_cache(Path(temporary), wanted, files, num_workers)
+                for name in (*ROWS, INDEX_FILE):
+                    os.replace(Path(temporary, name), directory / name)
+                return cache
     except OSError as error:
         reason = error.strerror or error
     with tempfile.TemporaryDirectory() as temporary:
@@ -203,7 +202,7 @@ def up_to_date_cache(data_dir: Path, files: dict[Star, Paths], num_workers: int)
         return make_cache(Path(temporary), wanted, files, num_workers)  # open files outlive their names
 
 
-def fingerprint(files: dict[Star, Paths]) -> str:
+def files_digest(files: dict[Star, StarFiles]) -> str:
     """A digest of the stars, their files' names and stamps, and the code and libraries that prepare them."""
     code = [Path(name).read_text(encoding="utf-8") for name in (survey_files.__file__, preparation.__file__, __file__)]
     versions = [library.__version__ for library in (astropy, np, PIL, scipy)]
@@ -233,7 +232,7 @@ def open_cache(directory: Path, wanted: str) -> Cache | None:
     return Cache(findings, arrays)
 
 
-def make_cache(directory: Path, wanted: str, files: dict[Star, Paths], num_workers: int) -> Cache:
+def make_cache(directory: Path, wanted: str, files: dict[Star, StarFiles], num_workers: int) -> Cache:
     """Decode all files into a cache in an empty directory, and open it."""
     for kind, dtype in ROWS.items():
         (directory / kind).touch()
@@ -255,7 +254,7 @@ def make_cache(directory: Path, wanted: str, files: dict[Star, Paths], num_worke
     return Cache(findings, arrays)
 
 
-def decode_star(directory: Path, row: int, star: Star, paths: Paths) -> dict[str, Finding]:
+def decode_star(directory: Path, row: int, star: Star, paths: StarFiles) -> dict[str, Finding]:
     """Decode a star's files into its row of the arrays in `directory`; returns the findings in them."""
     found = {}
     for kind, path in paths.items():

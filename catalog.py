@@ -57,7 +57,6 @@ _ROUNDED = re.compile(r"\d([.,]\d+)?[eE]\+?1[789]|\d{15}0{3,5}(\.0*)?", re.ASCII
 # A name becomes part of a file's name: no separators, no leading dot, none of ? " < > | $. SIMBAD has "V* Prox".
 _SAFE_NAME = re.compile(r"[\w(\[][\w .,+\-()\[\]'=@#&~*:]*")
 _MAX_NAME_BYTES = 100  # of the 255 that file systems allow
-# BOSS has "M1 (204445)", with the star of the template; LAMOST has "dM1" beside "M1", and "gM1" for giants.
 _DWARF_SUBCLASS = re.compile(r"^d?(M\d)( \(\d+\))?$")
 SPECTRUM_ENDING = re.compile(r"\.fits?(\.gz)?$", re.IGNORECASE)  # of a file's name
 
@@ -74,6 +73,11 @@ class Star(NamedTuple):
     dec: float = float("nan")
     simulated: bool = False
     file: str = ""  # of the spectrum; below spectra/ in a catalogue, where plate, mjd and fiberID are then 0
+
+    @property
+    def class_name(self) -> str:
+        """The subclass if it is one of CLASS_NAMES, else ""."""
+        return self.subclass if self.subclass in CLASS_NAMES else ""
 
     @property
     def spectrum_id(self) -> str:
@@ -93,11 +97,15 @@ def describe(stars: Sequence[Star]) -> str:
     return f"{len(stars)} stars, {simulated} of them SIMULATED"
 
 
+def without_note(subclass: str) -> str:
+    """ "M1" of BOSS's "M1 (204445)", which names the template's star, and of LAMOST's "dM1"; others as they are."""
+    return _DWARF_SUBCLASS.sub(r"\1", subclass)
+
+
 def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Counter[str]]:
     """Read the stars of classes M0 to M4 from a CSV file.
 
-    With `labelled` false the stars of any class or none are read, and the column subclass may be
-    absent; a value other than M0 to M4 becomes "".
+    With `labelled` false the stars of any class or none are read, and the column subclass may be absent.
 
     Returns the stars in the file's order and, by reason, the number of rows left out: other classes
     and rows that repeat a spectrum. Raises DataError, naming file, line and column, for a cell that
@@ -106,11 +114,11 @@ def read_catalog(path: Path, *, labelled: bool = True) -> tuple[list[Star], Coun
     rows: list[tuple[int, Star]] = []  # with their line numbers
     left_out: Counter[str] = Counter()
     for line, cells in _read_rows(path, ["name", *["subclass"] * labelled, *_IDENTITY]):
-        subclass = _DWARF_SUBCLASS.sub(r"\1", cells.get("subclass", ""))
+        subclass = printable(without_note(cells.get("subclass", "")))
         if subclass in CLASS_NAMES or not labelled:
-            rows.append((line, _parse_row(f"{path}, line {line}", cells, subclass if subclass in CLASS_NAMES else "")))
+            rows.append((line, _parse_row(f"{path}, line {line}", cells, subclass)))
         else:
-            left_out[f"subclass {printable(subclass) or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
+            left_out[f"subclass {subclass or '(empty)'} is not one of {', '.join(CLASS_NAMES)}"] += 1
     _check_rounding(path, rows)
     check_places(path, [(f"line {line}", star) for line, star in rows])
 
@@ -154,7 +162,7 @@ def _read_rows(path: Path, needed: list[str]) -> Iterator[tuple[int, dict[str, s
                 filled = ["" if _EMPTY.fullmatch(cell) else cell for cell in cells]
                 yield lines.line_num, dict(zip(columns, filled, strict=False))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; it is the list of stars (columns {', '.join(needed)})") from None
+        raise DataError(f"{path}: no such file; it is the list of stars (columns {_choices(needed)})") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a comma-separated UTF-8 text file ({error})") from None
 
@@ -168,8 +176,13 @@ def _check_header(path: Path, header: list[str], columns: list[str], needed: lis
     if missing := [column for column in needed if column not in given]:
         raise DataError(
             f"{path}: column {', '.join(missing)} is missing; the header line reads {' | '.join(header)} "
-            f"(needed, separated by commas: {', '.join(needed)})"
+            f"(needed, separated by commas: {_choices(needed)})"
         )
+
+
+def _choices(needed: list[str]) -> str:
+    others = [column for column in needed if column not in ("name", *_IDENTITY)]
+    return f"{', '.join(needed)}; or {', '.join(['file', *others])}"
 
 
 def _parse_row(where: str, cells: dict[str, str], subclass: str) -> Star:
@@ -231,10 +244,9 @@ def _check_rounding(path: Path, rows: list[tuple[int, Star]]) -> None:
 
 def separation_arcsec(ra: float, dec: float, other_ra: float, other_dec: float) -> float:
     """Angle on the sky in arcsec, from degrees; NaN if any of them is NaN."""
-    ra, dec, other_ra, other_dec = np.radians([ra, dec, other_ra, other_dec])
-    haversine = np.sin((dec - other_dec) / 2) ** 2
-    haversine += np.cos(dec) * np.cos(other_dec) * np.sin((ra - other_ra) / 2) ** 2
-    return float(np.degrees(2 * np.arcsin(np.sqrt(min(haversine, 1.0)))) * 3600)
+    from astropy.coordinates import angular_separation  # here: slow to import, and --help needs this module
+
+    return float(np.degrees(angular_separation(*np.radians([ra, dec, other_ra, other_dec]))) * 3600)
 
 
 def check_places(path: Path, rows: Sequence[tuple[str, Star]]) -> None:

@@ -58,10 +58,16 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Cla
     return classifier.eval().to(device), checkpoint
 
 
-def count_known_stars(stars: Sequence[Star], checkpoint: dict[str, Any]) -> int:
-    """How many of the stars its run used for training or checkpoint selection, perhaps in other observations."""
+def describe_training(checkpoint: dict[str, Any]) -> str:
+    """The stars that a checkpoint was trained on: "160 of 200 stars"."""
+    return f"{len(checkpoint['splits']['train'])} of {checkpoint['config']['stars']}"
+
+
+def note_known_stars(stars: Sequence[Star], path: Path, checkpoint: dict[str, Any]) -> None:
+    """Print how many of the stars the checkpoint's run has used, if any, perhaps in other observations."""
     known = [Star(*row) for part in ("train", "validation") for row in checkpoint["splits"][part]]
-    return count_known(stars, known)
+    if seen := count_known(stars, known):
+        print(f"note: {seen} of these stars were used for training or checkpoint selection of {path}: optimistic")
 
 
 def load_image_weights(encoder: ImageEncoder, backbone: str, weights: str) -> None:

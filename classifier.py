@@ -45,6 +45,10 @@ class Classifier(nn.Module):
         return (fuse_logits.double() / self.calibration_temperature).softmax(dim=1)
 
     @property
+    def device(self) -> torch.device:
+        return self.calibration_temperature.device
+
+    @property
     def is_contrastive(self) -> bool:
         """Whether the loss has its contrastive term."""
         return self.recipe.modality == "fusion" and self.recipe.sic_weight > 0

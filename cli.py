@@ -170,15 +170,21 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE, errno.EIO, errno.ENOS
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, timeout: float) -> Iterator[None]:
+def file_lock(path: Path, timeout: float, waiting: str = "") -> Iterator[None]:
     """Hold the lock file `path`, waiting at most `timeout` seconds for it (-1: without limit).
 
-    Raises filelock.Timeout if another process still holds it. Where the file system has no locks,
-    it warns and goes on without.
+    Prints `waiting` if it has to wait. Raises filelock.Timeout if another process still holds the lock. Where the
+    file system has no locks, it warns and goes on without.
     """
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        try:
+            lock.acquire(timeout=0 if waiting else timeout)
+        except filelock.Timeout:
+            if not waiting:
+                raise
+            print(waiting, flush=True)
+            lock.acquire(timeout=timeout)
     except (OSError, NotImplementedError) as error:  # filelock.Timeout is an OSError, too, without errno
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise

@@ -16,8 +16,9 @@ from catalog import CLASS_NAMES, group_same_stars
 from cli import DataError
 from preparation import Batch, move
 
+MIN_TRAINING_STARS = 3  # of fewer, outliers.py cannot tell the scatter
 NETWORK_SHARE = 0.5  # of the GPU's memory that is left to the network; stars may take the rest
-CHUNK = 1024  # stars that are copied to the GPU at once
+STARS_PER_COPY = 1024  # stars that are copied to the GPU at once
 
 
 def split_stars(
@@ -25,8 +26,8 @@ def split_stars(
 ) -> dict[str, np.ndarray]:
     """Indices of the "train", "validation" and "test" stars: stratified by class, no star in two parts.
 
-    Raises DataError if a class has too few stars. With `all_classes` false, such a class is split together with the
-    nearest one that has enough; classes missing from a part are printed.
+    Raises DataError if a class or a part has too few stars. With `all_classes` false, such a class is split together
+    with the nearest one that has enough; classes missing from a part are printed.
     """
     from sklearn.model_selection import train_test_split  # here: it takes a second, which other commands do not need
 
@@ -48,8 +49,11 @@ def split_stars(
         strata = enough[np.abs(group_class[groups, None] - enough).argmin(axis=1)]  # its class, or the nearest
         try:
             return train_test_split(groups, test_size=fraction, stratify=strata, random_state=seed)
-        except ValueError as error:  # fewer stars in a part than classes
-            raise DataError(f"{len(groups)} stars cannot be split, {fraction:.2f} of them apart: {error}") from error
+        except ValueError:  # scikit-learn's reason: fewer stars in a part than classes
+            raise DataError(
+                f"{len(groups)} star(s) cannot be split by --validation-split and --test-split: each part needs at "
+                f"least {len(enough)}, one for each class"
+            ) from None
 
     held_out = np.array([], dtype=int)
     if test_split > 0:
@@ -64,6 +68,8 @@ def split_stars(
             if all_classes:
                 raise DataError(f"{message}: too few stars, or too small a part")
             print(message)
+    if len(splits["train"]) < MIN_TRAINING_STARS:
+        raise DataError(f"{len(splits['train'])} star(s) to train on; at least {MIN_TRAINING_STARS} are needed")
     return splits
 
 
@@ -126,7 +132,7 @@ class StarLoader:
         """All stars on the device, copied there in chunks."""
         few = self._read(torch.arange(1))
         stars = Batch(*(None if part is None else part.new_empty(len(self), *part.shape[1:]) for part in few))
-        for rows in torch.arange(len(self)).split(CHUNK):
+        for rows in torch.arange(len(self)).split(STARS_PER_COPY):
             for own, part in zip(stars, self._read(rows), strict=True):
                 if own is not None:
                     own[rows[0] : rows[-1] + 1] = part

@@ -11,7 +11,7 @@ Without a list of stars, let SDSS make one first, with the same number of stars 
     python download_sdss_data.py --query 80 --data-dir HIGH --min-snr 10   a set of high S/N
     python download_sdss_data.py --query 80 --data-dir LOW --max-snr 10    a set of low S/N, none of them in the other
 
-The paper uses a set of high and one of low S/N; it does not give the limit. 10 (median per pixel) is ours.
+The paper has a set of high and one of low S/N. The limit between them, a median of 10 a pixel, is ours.
 
 A star's valid files are kept, wherever they lie below spectra/ and images/; a damaged one is fetched
 again. Files appear whole or not at all; after an interruption or a failure, run again. Files that the
@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gzip
 import math
 import queue
 import sys
@@ -251,7 +252,7 @@ class Downloader:
         body = sdss_archive.get(session, url, self.args.timeout)
         try:
             with self.writing, cli.write_atomically(file.path) as temporary:
-                temporary.write_bytes(body)
+                temporary.write_bytes(gzip.compress(body) if file.path.suffix == ".gz" else body)
                 try:
                     read(file, temporary)
                 except DataError as error:
@@ -353,7 +354,7 @@ def print_table(stars: list[Star], failures: list[File]) -> None:
     no_cutout = {file.star.name for file in failures if file.kind == "cutout"}
     print(f"\nclass{'stars':>10}{'spectra':>10}{'cutouts':>10}{'complete':>10}")
     for label in (*CLASS_NAMES, "other", "all"):
-        members = [star for star in stars if label in (star.subclass or "other", "all")]
+        members = [star for star in stars if label in (star.class_name or "other", "all")]
         spectra = {star for star in members if star.spectrum_id not in no_spectrum}
         cutouts = {star for star in members if star.name not in no_cutout}
         if members:
@@ -395,7 +396,7 @@ def download(args: argparse.Namespace) -> None:
     stars = read_stars(args)
     with contextlib.nullcontext() if args.dry_run else only_download_into(args.data_dir):
         spectra, cutouts = find_missing(stars, args)
-        print(f"to fetch: {len(spectra)} spectra, {len(cutouts)} cutouts")
+        print(f"to fetch: {sum(bool(file.urls) for file in spectra)} spectra, {len(cutouts)} cutouts")
         if damaged := sum(file.path.exists() for file in (*spectra, *cutouts)):
             print(f"  of these, damaged files there: {damaged}")
         if len(cutouts) > 60 * args.image_rate:
@@ -421,9 +422,11 @@ def download(args: argparse.Namespace) -> None:
 
 
 def show(spectra: list[File], cutouts: list[File], args: argparse.Namespace) -> None:
-    """--dry-run: addresses and paths."""
+    """--dry-run: addresses and paths, or why a file cannot be fetched."""
+    with_spectrum = {file.star for file in spectra if file.urls}
     for file in (*spectra, *with_positions(cutouts, args)):
-        print(f"{' or '.join(file.urls) or '(at the position in its spectrum)'} -> {file.path}")
+        reason = "at the position in its spectrum" if file.star in with_spectrum else file.reason
+        print(f"{' or '.join(file.urls) or f'({reason})'} -> {file.path}")
 
 
 def main(argv: list[str] | None = None) -> None:

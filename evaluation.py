@@ -25,7 +25,8 @@ class Evaluation(NamedTuple):
     targets: np.ndarray  # (N,) class indices
     logits: np.ndarray  # (N, 5)
     losses: tuple[float, float] = (math.nan, math.nan)  # classification and contrastive, means by star
-    retrieval_accuracy: float | None = None  # fraction of images closest to their own spectrum, of a batch's spectra
+    # Fraction of the images whose closest spectrum, of those in their batch, is their own
+    retrieval_accuracy: float | None = None
 
     @property
     def predictions(self) -> np.ndarray:

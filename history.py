@@ -48,7 +48,7 @@ EPOCH_METRICS = ("train_loss", "val_loss", "val_accuracy", "val_precision", "val
 CONTRASTIVE_METRICS = ("train_contrastive_loss", "val_contrastive_loss", "val_retrieval_accuracy")
 
 
-class Paths(NamedTuple):
+class RunPaths(NamedTuple):
     """Where a run's files go."""
 
     history: Path
@@ -66,10 +66,10 @@ class Paths(NamedTuple):
             remove_leftovers(path)
 
 
-def run_paths(output_dir: Path, training_id: str) -> Paths:
+def run_paths(output_dir: Path, training_id: str) -> RunPaths:
     plots, checkpoints = output_dir / "plots", output_dir / "checkpoints"
     suffixes = {"validation": "", "test": "_test"}
-    return Paths(
+    return RunPaths(
         history=output_dir / "training_history.json",
         training_plot=plots / f"training_plot_{training_id}.png",
         confusion_matrix={part: plots / f"confusion_matrix_{training_id}{suffixes[part]}.png" for part in suffixes},
@@ -107,7 +107,7 @@ def load_training(path: Path) -> Training:
     if not isinstance(state, dict) or state.pop("format", None) != STATE_FORMAT:
         raise OSError(
             f"{path}: no unfinished run of this version of the program (train.py writes them as "
-            f"{STATE_FILES.format('ID')})"
+            f"{STATE_FILES.format('ID')}); move it away, or name another with --resume FILE"
         )
     return Training(**state)
 
@@ -128,14 +128,13 @@ def begin(
     """A new run. Its record holds all options and the values derived from them."""
     recipe, options = args.recipe, plain_options(args)
     held_out = np.concatenate([splits["validation"], splits["test"]])
-    device = next(classifier.parameters()).device
     config = {
         "training_id": training_id,
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
         **{name: value for name, value in options.items() if not name.startswith("recipe")},
         "recipe": args.recipe_name,
         **asdict(recipe),
-        "device": describe_device(device),
+        "device": describe_device(classifier.device),
         "precision": classifier.precision,
         "spec_length": SPECTRUM_LENGTH,
         "image_size": IMAGE_SIZE,
@@ -143,14 +142,14 @@ def begin(
         "class_names": list(CLASS_NAMES),
         "model_architecture": f"FusionModel({recipe.modality}"
         + (")" if recipe.modality == "spectrum" else f", {recipe.image_backbone})"),
-        "optimizer": f"AdamW, weight decay {recipe.weight_decay}, {recipe.warmup_epochs:g} epochs of warm-up, cosine, "
-        f"gradients clipped at {recipe.max_gradient_norm:g}",
+        "optimizer": f"AdamW, weight decay {recipe.weight_decay}, {recipe.warmup_epochs:g} epochs of warm-up (at most "
+        f"a third of the run), cosine, gradients clipped at {recipe.max_gradient_norm:g}",
         "processes": distributed.world_size(),
         "csv_file": str(catalog_path(args.data_dir)),
         "image_dir": str(args.data_dir / "images"),
         "spectra_dir": str(args.data_dir / "spectra"),
         "stars": describe(prepared.stars),
-        "held_out_stars": fingerprint([prepared.stars[i] for i in held_out]),
+        "held_out_stars": stars_digest([prepared.stars[i] for i in held_out]),
         "simulated_stars": sum(star.simulated for star in prepared.stars),
         "stars_by_class_and_split": {
             part: {name: int((prepared.targets[indices] == k).sum()) for k, name in enumerate(CLASS_NAMES)}
@@ -200,7 +199,7 @@ def claim_training_id(output_dir: Path, resumed: str | None = None) -> Iterator[
         attempt += 1
 
 
-def fingerprint(stars: list[Star]) -> str:
+def stars_digest(stars: list[Star]) -> str:
     """A hash of a set of stars, whatever their order."""
     return hashlib.sha256("\n".join(sorted(star.spectrum_id for star in stars)).encode()).hexdigest()[:16]
 

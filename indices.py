@@ -34,14 +34,11 @@ LINE_CONTINUUM = ((6500, 6550), (6575, 6625))  # Å, vacuum
 MIN_ACTIVE_WIDTH = 0.75  # Å (West et al. 2011)
 MIN_SIGNIFICANCE = 3  # of the width over its error, and of height and continuum over the noise of a pixel
 
-COLUMNS = ("TiO5", "TiO5_err", "CaH2", "CaH2_err", "CaH3", "CaH3_err", "zeta", "zeta_err", "metallicity_class",
-           "EW_Halpha", "EW_Halpha_err", "is_active")  # fmt: skip
-
 Values = dict[str, float | str | bool | None]
 
 
 def measure_indices(prepared: np.ndarray, redshift: float = 0.0) -> Values:
-    """The values of COLUMNS; NaN, "" or None where one cannot be measured.
+    """The values of tables.COLUMNS from TiO5 to is_active; NaN, "" or None where one cannot be measured.
 
     prepared: (2, 3522), flux over its median, and its inverse variance, on preparation.WAVELENGTH. Bad pixels (inverse
     variance 0) are not used; an equivalent width needs all pixels of the line. Errors are propagated to first order.

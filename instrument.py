@@ -172,10 +172,10 @@ def draw_cutout(gri: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 def color_image(planes: np.ndarray) -> np.ndarray:
     """(height, width, 3) uint8 from nanomaggies in g, r, i: the intensity goes through asinh, the colour stays."""
-    b, g, r = np.maximum(planes, 0) * np.array(COLOR_SCALES)[:, None, None]
-    intensity = np.maximum((r + g + b) / 3, 1e-6)
+    blue, green, red = np.maximum(planes, 0) * np.array(COLOR_SCALES)[:, None, None]
+    intensity = np.maximum((red + green + blue) / 3, 1e-6)
     gain = np.arcsinh(COLOR_Q * COLOR_SLOPE * intensity) / COLOR_Q / intensity
-    return (255 * np.clip(np.stack([r, g, b], axis=2) * gain[:, :, None], 0, 1)).astype(np.uint8)
+    return (255 * np.clip(np.stack([red, green, blue], axis=2) * gain[:, :, None], 0, 1)).astype(np.uint8)
 
 
 def render_field(gri: np.ndarray, center: np.ndarray, rng: np.random.Generator) -> np.ndarray:

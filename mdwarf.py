@@ -14,7 +14,8 @@ import functools
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-SPEED_OF_LIGHT = 299_792.458  # km/s
+SPEED_OF_LIGHT = 299_792.458  # km/s (CODATA)
+SECOND_RADIATION = 1.43878e8  # Å K, hc/k: the second radiation constant (CODATA)
 TEMPERATURES = (3850, 3660, 3560, 3430, 3210, 3060)  # K, M0…M5 (Pecaut & Mamajek 2013)
 TEMPERATURE_SCATTER = 40  # K, between stars of one subclass
 METALLICITY_SCATTER = 0.2  # dex, [Fe/H] of the thin disc
@@ -122,8 +123,8 @@ def rest_spectrum(subtype: float, metallicity: float, temperature_offset: float 
     """Flux of a quiet M dwarf on REST_LOGLAM, in units of its blackbody at 7500 Å; the offset in K."""
     wavelength = 10**REST_LOGLAM
     temperature = np.interp(subtype, range(6), TEMPERATURES) + temperature_offset
-    blackbody = (7500 / wavelength) ** 5 * np.expm1(1.43878e8 / (7500 * temperature))
-    blackbody /= np.expm1(1.43878e8 / (wavelength * temperature))
+    blackbody = (7500 / wavelength) ** 5 * np.expm1(SECOND_RADIATION / (7500 * temperature))
+    blackbody /= np.expm1(SECOND_RADIATION / (wavelength * temperature))
     nodes = at_subtype(CONTINUUM[:, 1:4], subtype) + metallicity * CONTINUUM[:, 4]
     profiles, depths, exponents = absorption()
     depth = np.clip(at_subtype(depths, subtype), 0, None) * 10 ** (exponents * metallicity)
@@ -137,7 +138,7 @@ def add_emission(flux: np.ndarray, equivalent_width: float) -> np.ndarray:
     wavelength = 10**REST_LOGLAM
     h_alpha_flux = equivalent_width * np.interp(EMISSION_LINES[0][0], wavelength, flux)
     for line, ratio in EMISSION_LINES:
-        sigma = line * np.log(10) * 1e-4 * LINE_SPREAD  # Å
+        sigma = line * np.log(10) * (2 * REST_STEP) * LINE_SPREAD  # Å
         profile = np.exp(-0.5 * ((wavelength - line) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
         flux = flux + ratio * h_alpha_flux * profile
     return flux

@@ -9,8 +9,10 @@ FILEs need no catalogue; a network of both inputs classifies them without images
 name, plate, mjd, fiberID, or the column file; subclass is optional. Its stars' files are found by their names anywhere
 below spectra/ and images/. The table has a row for each star:
 
-    ra, dec                              from the catalogue or the spectrum
-    catalog_subclass                     the catalogue's label; for a FILE, the survey's class in its header or table
+    name, plate, mjd, fiberID            from the catalogue or the file's name
+    ra, dec, simulated                   from the catalogue or the spectrum
+    catalog_subclass                     the catalogue's label; where it has none, the survey's class in the spectrum's
+                                         header or table
     predicted_subclass, p_M0 ... p_M4    the most probable subclass, and the calibrated probability of each
     spectral_type                        "M2.5 +/- 0.4": mean and standard deviation of the subclass over the
                                          probabilities, the latter at least 0.1; as it is, and with more digits, in
@@ -40,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file that train.py wrote into checkpoints/")
     add("files", nargs="*", type=Path, default=[], metavar="FILE", help="a spectrum, may be gzipped")
-    add("--data-dir", type=Path, metavar="DIR", default=argparse.SUPPRESS,
+    add("--data-dir", type=Path, metavar="DIR",
         help="instead of FILEs: directory with objects.csv, spectra/ and images/ (default: .)")  # fmt: skip
     add("--output", type=table_path, default=Path("predictions.csv"), metavar="TABLE", help="file for the table")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
@@ -48,9 +50,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N", help="worker processes that decode the stars' files")  # fmt: skip
     parser.add_quiet()
     args = parser.parse_intermixed_args(argv)  # FILEs may stand behind options
-    if args.files and "data_dir" in args:
+    if args.files and args.data_dir:
         parser.error("FILEs or --data-dir: one of them")
-    args.data_dir = getattr(args, "data_dir", Path("."))
+    args.data_dir = args.data_dir or Path(".")
     return args
 
 
@@ -68,9 +70,9 @@ from functools import partial
 from filelock import Timeout
 
 import distributed
-from cache import FEW_STARS, INPUTS, Paths, file_stamp, fingerprint
+from cache import FEW_STARS, INPUTS, StarFiles, file_stamp, files_digest
 from catalog import CLASS_NAMES, Star, check_places, describe, read_catalog, report_left_out
-from checkpoint import count_known_stars, load_checkpoint
+from checkpoint import describe_training, load_checkpoint, note_known_stars
 from classifier import Classifier
 from cli import DataError, file_lock, progress, quietly, run_as_script
 from dataset import prefetch
@@ -81,7 +83,7 @@ from star_files import FileIndex, catalog_path
 from tables import read_parts, refuse_foreign_table, write_part, write_table
 from workers import parallel_map
 
-CHUNK = 512  # stars that are classified together, and written together
+STARS_PER_PART = 512  # stars that are classified together, and written together
 
 
 def main(args: argparse.Namespace) -> None:
@@ -96,21 +98,26 @@ def main(args: argparse.Namespace) -> None:
 def predict(args: argparse.Namespace) -> None:
     """Classify the stars. With several processes, each has chunks of its own, and the first writes the table."""
     refuse_foreign_table(args.output)
+    for path in args.files:
+        if not path.is_file():
+            raise DataError(f"{path}: {'a directory; name its files' if path.is_dir() else 'no such file'}")
     files = dict(map(star_of_file, args.files)) or find_stars(args.data_dir)
     stars = list(files)
     classifier, checkpoint = load_checkpoint(args.checkpoint, choose_device(args.device))
-    print(f"{args.checkpoint}: trained on {len(checkpoint['splits']['train'])} of {checkpoint['config']['stars']}")
+    print(f"{args.checkpoint}: trained on {describe_training(checkpoint)}")
     kinds = inputs_without_images(classifier) if args.files else INPUTS[classifier.recipe.modality]
     if not any(all(paths[kind] for kind in kinds) for paths in files.values()):
         raise DataError(
-            f"{args.data_dir}: none of its {len(stars)} stars has the files that this network reads, of "
-            f"{' and '.join(kinds)}; python download_sdss_data.py --data-dir {args.data_dir} fetches them"
+            f"{args.data_dir}: none of its {len(stars)} stars has {' and '.join(kinds)}, which this network reads; "
+            f"python download_sdss_data.py --data-dir {args.data_dir} fetches them"
+            + "; python predict.py CHECKPOINT FILE... needs no images"
+            * ("images" in kinds)
         )
     with claim_folder(args.output) as folder:
         parts, missing = plan_parts(folder, files, args.checkpoint)
         if len(missing) < len(parts):
             print(f"{folder}: {len(parts) - len(missing)} of {len(parts)} parts of an interrupted run are kept")
-        chunks = {part: stars[k * CHUNK : (k + 1) * CHUNK] for k, part in enumerate(parts)}
+        chunks = {part: stars[k * STARS_PER_PART : (k + 1) * STARS_PER_PART] for k, part in enumerate(parts)}
         own = {part: chunks[part] for part in missing[distributed.rank() :: distributed.world_size()]}
         classify_chunks(own, files, kinds, classifier, checkpoint["references"], args.num_workers)
         if distributed.rank() > 0:
@@ -124,11 +131,10 @@ def predict(args: argparse.Namespace) -> None:
         classified = report(args.output, stars, read_parts(parts))
     if not classified:
         raise DataError(f"{args.output}: none of its stars could be classified; its column problem says why")
-    if familiar := count_known_stars(stars, checkpoint):
-        print(f"  note: {familiar} of them were used for training or checkpoint selection: optimistic")
+    note_known_stars(stars, args.checkpoint, checkpoint)
 
 
-def find_stars(data_dir: Path) -> dict[Star, Paths]:
+def find_stars(data_dir: Path) -> dict[Star, StarFiles]:
     """The stars of the catalogue, and their files."""
     stars, left_out = read_catalog(catalog_path(data_dir), labelled=False)
     report_left_out(left_out)
@@ -166,23 +172,23 @@ def claim_folder(output: Path) -> Iterator[Path]:
         raise DataError(f"{output}: another predict.py is writing it") from None
 
 
-def plan_parts(folder: Path, files: dict[Star, Paths], checkpoint: Path) -> tuple[list[Path], list[Path]]:
+def plan_parts(folder: Path, files: dict[Star, StarFiles], checkpoint: Path) -> tuple[list[Path], list[Path]]:
     """The paths of all parts, and of those still missing, as the first process sees them.
 
     Parts of an interrupted run are kept if it had the same checkpoint, stars and files.
     """
     plan = None
     if distributed.rank() == 0:
-        run = fingerprint(files), list(files), file_stamp(checkpoint)
+        run = files_digest(files), list(files), file_stamp(checkpoint)
         own_folder = folder / hashlib.sha256(repr(run).encode()).hexdigest()
-        parts = [own_folder / f"{start}.csv" for start in range(0, len(files), CHUNK)]
+        parts = [own_folder / f"{start}.csv" for start in range(0, len(files), STARS_PER_PART)]
         plan = parts, [part for part in parts if not part.exists()]
     return distributed.gather_objects(plan)[0]
 
 
 def classify_chunks(
     chunks: dict[Path, list[Star]],
-    files: dict[Star, Paths],
+    files: dict[Star, StarFiles],
     kinds: tuple[str, ...],
     classifier: Classifier,
     references: References,

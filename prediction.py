@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Finding, Paths, check_star, decode_file
-from catalog import CLASS_NAMES, SPECTRUM_ENDING, Star
+from cache import Finding, StarFiles, check_star, decode_file
+from catalog import CLASS_NAMES, SPECTRUM_ENDING, Star, without_note
 from classifier import Classifier
 from cli import DataError
 from evaluation import STARS_AT_ONCE
@@ -36,7 +36,7 @@ class StarInputs(NamedTuple):
     indices: dict[str, Any]  # of a usable spectrum, as of `measure_indices`; else {}
 
 
-def star_of_file(path: Path) -> tuple[Star, Paths]:
+def star_of_file(path: Path) -> tuple[Star, StarFiles]:
     """A star known only from its spectrum, and its files."""
     numbers = spectrum_numbers(path.name) or (0, 0, 0)
     return Star(SPECTRUM_ENDING.sub("", path.name), "", *numbers, file=str(path)), {"spectra": path, "images": None}
@@ -52,7 +52,7 @@ def inputs_without_images(classifier: Classifier) -> tuple[str, ...]:
     return ("spectra",)
 
 
-def read_star(kinds: tuple[str, ...], star: Star, paths: Paths) -> StarInputs:
+def read_star(kinds: tuple[str, ...], star: Star, paths: StarFiles) -> StarInputs:
     """Decode the files of a star that is to be classified from these kinds of input, "spectra" and "images"."""
     # The spectrum is always read: for its position, and to measure its indices.
     read = {kind: path for kind, path in paths.items() if path and kind in (*kinds, "spectra")}
@@ -60,8 +60,7 @@ def read_star(kinds: tuple[str, ...], star: Star, paths: Paths) -> StarInputs:
     checked = check_star(star, paths, {kind: finding for kind, (finding, _) in decoded.items()}, kinds)
     star = checked.star
     finding, spectrum = decoded.get("spectra", (Finding(), None))
-    if star.file and not star.subclass:
-        star = star._replace(subclass=finding.subclass)
+    star = star._replace(subclass=star.subclass or without_note(finding.subclass))
     arrays = {kind: array for kind, (_, array) in decoded.items() if kind in kinds and array is not None}
     indices = {} if spectrum is None else measure_indices(spectrum, finding.redshift)
     return StarInputs(star, arrays, "" if checked.state == "used" else checked.problem or checked.state, indices)
@@ -71,7 +70,7 @@ def classify(classifier: Classifier, references: References, stars: Sequence[Sta
     """The table's row of each star, by column; None is an unknown value. A star with a problem has neither prediction
     nor indices."""
     usable = [entry for entry in stars if not entry.problem]
-    at_once = STARS_AT_ONCE[next(classifier.parameters()).device.type]
+    at_once = STARS_AT_ONCE[classifier.device.type]
     batches = (make_batch(classifier, usable[start : start + at_once]) for start in range(0, len(usable), at_once))
     predictions = (prediction for batch in batches for prediction in predict_batch(classifier, references, batch))
     rows = []
@@ -93,7 +92,7 @@ def make_batch(classifier: Classifier, stars: Sequence[StarInputs]) -> Batch:
         for kind in ("spectra", "images")
     )
     targets = torch.zeros(len(stars), dtype=torch.int64)
-    return move(Batch(spectra, images, targets), next(classifier.parameters()).device)
+    return move(Batch(spectra, images, targets), classifier.device)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@
     standardise.fit(spectra)                           # on the training stars alone
     specs, imgs = standardise(spectra, images)         # (B, 3522), (B, 3, 128, 128): what FusionModel reads
 
-The window of 4000–9000 Å and its 3522 pixels are the paper's.
+The authors' code takes spectra and images of any size; 3522 pixels and 128×128 are those of an earlier reproduction.
 """
 
 import math
@@ -23,7 +23,7 @@ from cli import DataError
 from recipe import Recipe
 from survey_files import PIXELS_PER_DEX, Spectrum
 
-# Pixels 36021…39542 of SDSS's grid, loglam = pixel · 1e-4, are all those between 4000 and 9000 Å: the paper's 3522.
+# Pixels 36021…39542 of SDSS's grid, loglam = pixel · 1e-4, are all those between 4000 and 9000 Å.
 FIRST_PIXEL = 36021
 SPECTRUM_LENGTH = 3522
 WAVELENGTH = 10 ** ((FIRST_PIXEL + np.arange(SPECTRUM_LENGTH)) / PIXELS_PER_DEX)  # Å, vacuum

@@ -1,12 +1,13 @@
-"""The hyper-parameters of a run: the paper's recipe, and an improved one.
+"""The hyper-parameters of a run: the recipes `paper` and `improved`.
 
     python train.py                                     PAPER, the default
     python train.py --recipe improved                   IMPROVED
     python train.py --recipe paper --smoothing 3        one field changed: an ablation
     dataclasses.replace(PAPER, smoothing=3.0)           the same in Python
 
-Each field of `Recipe` is an option of train.py. Its default is the paper's or, where the paper is silent, the usual
-choice. `IMPROVED` states only the fields that differ; docs/deviations.md gives the measured effect of each.
+Each field of `Recipe` is an option of train.py. `PAPER` has the network and the loss of the authors' code. Training and
+preparation are our choice: that code has neither, and the paper's text was not at hand. `IMPROVED` states only the
+fields that differ; docs/deviations.md gives the measured effect of each.
 """
 
 import argparse
@@ -27,14 +28,14 @@ def _option(default: Any, parse: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    # The network: the paper, and the authors' code (github.com/Gajiln/Spectrum-Image-Star-Classification).
+    # Network and loss: the authors' code (github.com/Gajiln/Spectrum-Image-Star-Classification).
     modality: str = _option("fusion", MODALITIES, "inputs of the network; fusion: both")
     image_backbone: str = _option("resnet152", IMAGE_BACKBONES, "torchvision ResNet of the image encoder")
     image_weights: str = _option("imagenet", str, "initial weights of the ResNet: imagenet, none, or a file's path")
-    num_layers: int = _option(8, number_between(int, 1, 48), "layers of the Transformer; the authors' 8")
-    sic_weight: float = _option(1.0, number_between(float, 0, 1000), "weight of the contrastive loss; the authors' 1")
+    num_layers: int = _option(8, number_between(int, 1, 48), "layers of the Transformer")
+    sic_weight: float = _option(1.0, number_between(float, 0, 1000), "weight of the contrastive loss")
 
-    # Training: not published. AdamW with warm-up and a cosine is what Transformers are usually trained with.
+    # Training: our choice. AdamW with warm-up and a cosine is what Transformers are usually trained with.
     num_epochs: int = _option(20, number_between(int, 1, 10**6), "passes over the training stars")
     batch_size: int = _option(32, number_between(int, 1, 10**6), "maximum batch size, over all processes")
     learning_rate: float = _option(1e-4, number_between(float, 1e-9, 10), "peak learning rate")
@@ -44,11 +45,11 @@ class Recipe:
     weight_decay: float = _option(0.01, number_between(float, 0, 10), "AdamW's; not for biases, norms, embeddings")
     max_gradient_norm: float = _option(1.0, number_between(float, 1e-9, 1e9), "gradients are clipped to this norm")
 
-    # Spectra: (flux / median − mean spectrum of the training stars) / one scale for all pixels.
+    # Spectra, our choice: (flux / median − mean spectrum of the training stars) / one scale for all pixels.
     continuum_degree: int = _option(-1, number_between(int, -1, 20), "polynomial subtracted from spectra; -1: none")
     smoothing: float = _option(0.0, number_between(float, 0, 100), "sigma of the spectra's smoothing, pixels; 0: none")
 
-    # Images of the training stars: as they are.
+    # Images of the training stars, our choice: as they are.
     rotate_and_flip: int = _option(0, (0, 1), "rotate images by quarter turns and mirror them, at random in each step")
 
 
@@ -68,7 +69,11 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", choices=RECIPES, default="paper", help="values of the options below that are not given"
     )
-    group = parser.add_argument_group("recipe", "each option overrides one field of the recipe")
+    group = parser.add_argument_group(
+        "recipe",
+        "each option overrides one field of the recipe; paper: network and loss of the authors' code, all else our "
+        "choice (docs/deviations.md)",
+    )
     for field in dataclasses.fields(Recipe):
         values = {name: getattr(recipe, field.name) for name, recipe in RECIPES.items()}
         improved = f"; improved: {values['improved']}" if values["improved"] != values["paper"] else ""

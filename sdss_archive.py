@@ -241,7 +241,7 @@ def ask_again(ask: Callable[[], Any], retries: int) -> Any:
         except BadBodyError as error:
             if attempt and not error.is_transient:
                 raise
-        time.sleep(min(BACKOFF_FACTOR * attempt, MAX_BACKOFF))
+        time.sleep(min(BACKOFF_FACTOR * 2**attempt, MAX_BACKOFF) if attempt else 0)  # as the session does
     return ask()
 
 

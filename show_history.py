@@ -102,7 +102,9 @@ def make_table(runs: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for run, stars, score in zip(runs, sets, scores, strict=True):
         rivals = [other for own, other in zip(sets, scores, strict=True) if own == stars]
-        seconds = run.get("total_training_time_seconds")
+        seconds, epochs, last_epoch = (
+            run.get(name) for name in ("total_training_time_seconds", "num_epochs", "last_epoch")
+        )
         row = {
             "best": "*" if stars and len(rivals) > 1 and score == max(rivals) else " ",
             "ID": run.get("training_id"),
@@ -112,7 +114,7 @@ def make_table(runs: list[dict[str, Any]]) -> list[list[str]]:
             "catalogue": run.get("csv_file"),
             "recipe": run.get("recipe"),
             "reads": run.get("modality"),
-            "epochs": run.get("last_epoch") or run.get("num_epochs"),
+            "epochs": epochs if last_epoch in (None, epochs) else f"{last_epoch} of {epochs}",
             "val F1 (95 %)": format_score(run, "val"),
             "test F1 (95 %)": format_score(run, "test"),
             "time": seconds and f"{seconds:.0f} s",

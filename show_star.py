@@ -36,6 +36,7 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # before torch is imported: --help and mistakes are answered at once
 
 import contextlib
+import copy
 import itertools
 import re
 import textwrap
@@ -46,11 +47,12 @@ import numpy as np
 import torch
 from astropy.io import fits
 
-from cache import INPUTS, Paths
+from cache import INPUTS, StarFiles
 from catalog import CLASS_NAMES, SPECTRUM_ENDING, Star, describe, read_catalog
 from checkpoint import load_checkpoint
 from classifier import Classifier
 from cli import DataError, quietly, refuse_foreign_file, run_as_script
+from indices import BANDS
 from mdwarf import air_to_vacuum
 from outliers import References
 from plots import Axes, new_figure
@@ -64,7 +66,7 @@ from survey_files import CUTOUT_SCALE, IMAGE_SIZE, Cutout, Spectrum, read_cutout
 TIO_LENGTH = 80  # Å shown of a band of TiO, which fades to the red of its head
 FEATURES = (  # Å, air
     *(("TiO", head, head + TIO_LENGTH) for head in (4954, 5167, 5448, 5847, 6158, 6651, 7053)),
-    *(("CaH", first, last) for first, last in ((6380, 6390), (6814, 6846), (6960, 6990))),
+    *(("CaH", *window) for window in ((6380, 6390), BANDS["CaH2"], BANDS["CaH3"])),
     *(("Na", first, last) for first, last in ((5889.95, 5895.92), (8183.26, 8194.82))),
     ("Hα", 6562.8, 6562.8),
 )
@@ -107,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
             print(page)
 
 
-def choose_stars(names: list[str], data_dir: Path) -> tuple[dict[Star, Paths], dict[Star, Paths]]:
+def choose_stars(names: list[str], data_dir: Path) -> tuple[dict[Star, StarFiles], dict[Star, StarFiles]]:
     """The stars given as files, and those given by their names in the catalogue, with the paths of their files."""
     spectra = {name: Path(name) for name in names if SPECTRUM_ENDING.search(name)}
     files, listed = dict(map(star_of_file, spectra.values())), {}
@@ -131,7 +133,7 @@ def find_stars(names: list[str], stars: list[Star], catalog: Path) -> list[Star]
     return [star for star in stars if wanted & {star.name, star.spectrum_id}]
 
 
-def make_page(inputs: StarInputs, paths: Paths, classifier: Classifier | None, references: References) -> Page:
+def make_page(inputs: StarInputs, paths: StarFiles, classifier: Classifier | None, references: References) -> Page:
     """Raises DataError where there is nothing to draw."""
     spectrum = cutout = None
     with contextlib.suppress(DataError):  # damaged: the page shows the rest
@@ -217,7 +219,7 @@ def draw_probabilities(axes: Axes, row: dict[str, Any]) -> None:
     axes.bar_label(bars, fmt="%.2f", fontsize=8)
     title = f"spectral type {row['spectral_type']}\n"
     title += f"outlier score {row['outlier_score']:.2f}" + "\nUNLIKE THE TRAINING STARS" * row["is_outlier"]
-    axes.set(ylim=(0, 1.1), ylabel="probability" + " (green: its label)" * bool(row["catalog_subclass"]))
+    axes.set(ylim=(0, 1.1), ylabel="probability" + " (green: its label)" * (row["catalog_subclass"] in CLASS_NAMES))
     axes.set_title(title, fontsize=9, color="tab:red" if row["is_outlier"] else "black")
 
 
@@ -232,7 +234,9 @@ def occlusion_map(classifier: Classifier, star: Batch) -> tuple[np.ndarray, np.n
     for occluded, piece in zip(spectra[1:, 0], pieces, strict=True):
         occluded[piece] = ordinary[piece]
     others = (None if part is None else part.expand(len(spectra), *part.shape[1:]) for part in star[1:])
-    logits = classifier(Batch(spectra, *others))[2].double()
+    exact = copy.copy(classifier)
+    exact.precision = "fp32"  # bfloat16's steps are as large as what many pieces contribute
+    logits = exact(Batch(spectra, *others))[2].double()
     predicted = logits[0].argmax()
     not_predicted = torch.arange(len(CLASS_NAMES)) != predicted
     log_odds = logits[:, predicted] - logits[:, not_predicted].logsumexp(dim=1)
@@ -295,30 +299,30 @@ def describe_indices(indices: dict[str, Any]) -> str:
     return ", ".join(filter(None, [*values, indices.get("metallicity_class"), activity]))
 
 
-def choose_sheet_stars(data_dir: Path) -> tuple[dict[str, list[StarInputs]], int]:
-    """The first usable stars of each class, and of those without label (""); the number of stars in the catalogue.
+def choose_sheet_stars(data_dir: Path) -> tuple[list[list[StarInputs]], int]:
+    """The first usable stars of each class, and of all others; the number of stars in the catalogue.
 
     Where no star has an image, as with LAMOST's, spectra alone are enough.
     """
     stars, _ = read_catalog(catalog_path(data_dir), labelled=False)
-    index, chosen = FileIndex(data_dir), {}
+    index, chosen = FileIndex(data_dir), []
     kinds = INPUTS["fusion" if any(index.cutout(star) for star in stars) else "spectrum"]
-    for subclass in (*CLASS_NAMES, ""):
-        members = (star for star in stars if star.subclass == subclass)
+    for class_name in (*CLASS_NAMES, ""):
+        members = (star for star in stars if star.class_name == class_name)
         read = (read_star(kinds, star, index.files(star)) for star in members)
         if some := list(itertools.islice((inputs for inputs in read if not inputs.problem), SHEET_STARS)):
-            chosen[subclass] = some
+            chosen.append(some)
     if not chosen:
         problem = read_star(kinds, stars[0], index.files(stars[0])).problem
         raise DataError(f"{data_dir}: none of its {len(stars)} stars has good {' and '.join(kinds)} ({problem})")
     return chosen, len(stars)
 
 
-def draw_sheet(path: Path, chosen: dict[str, list[StarInputs]], count: int) -> None:
+def draw_sheet(path: Path, chosen: list[list[StarInputs]], count: int) -> None:
     """A row of stars for each class. count: the number of stars in the catalogue."""
     with new_figure(path, (19, 2.3 * len(chosen) + 0.8), dpi=110, software=SOFTWARE) as figure:
         rows = figure.subplots(len(chosen), 2 * SHEET_STARS, squeeze=False, width_ratios=(2.2, 1) * SHEET_STARS)
-        for panels, (subclass, members) in zip(rows, chosen.items(), strict=True):
+        for panels, members in zip(rows, chosen, strict=True):
             for spectrum, image, inputs in zip(panels[::2], panels[1::2], members, strict=False):
                 if "images" in inputs.arrays:
                     draw_cutout(image, inputs.arrays["images"].transpose(1, 2, 0), inputs.star.simulated)
@@ -326,12 +330,12 @@ def draw_sheet(path: Path, chosen: dict[str, list[StarInputs]], count: int) -> N
                 spectrum.plot(WAVELENGTH, flux, color="black", linewidth=0.4)
                 set_limits(spectrum, flux)
                 mark_features(spectrum)
-                spectrum.set_title(f"{subclass or 'no label'}: {inputs.star.name}", fontsize=9)
+                spectrum.set_title(f"{inputs.star.subclass or 'no label'}: {inputs.star.name}", fontsize=9)
         for axes in figure.axes:
             axes.set_visible(axes.has_data())
         for axes in rows[-1, ::2]:
             axes.set_xlabel("vacuum wavelength (Å)")
-        shown = [inputs.star for members in chosen.values() for inputs in members]
+        shown = [inputs.star for members in chosen for inputs in members]
         figure.suptitle(f"{describe(shown)} of {count}: flux / median, and the image if there is one; "
                         "shaded: TiO red, CaH blue, Na orange, Hα violet")  # fmt: skip
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import numpy as np
 from astropy.io import fits
 from scipy.ndimage import gaussian_filter1d
@@ -185,20 +186,29 @@ def fits_table(name: str, columns: dict[str, Any]) -> fits.BinTableHDU:
 
 @contextlib.contextmanager
 def whole_or_nothing(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory; when the block succeeds it becomes `directory`, otherwise it is deleted."""
+    """Yield a temporary directory; when the block succeeds it becomes `directory`, otherwise it is deleted.
+
+    Raises DataError if there is something in `directory`, it is the current one, or another process is writing it.
+    """
     directory = directory.resolve()
+    if directory == Path.cwd():
+        raise cli.DataError(f"{directory}: the current directory cannot be replaced; name a new one in it")
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise cli.DataError(f"{directory}: exists and is not an empty directory; name a new one")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cli.partial_path(directory)
-    temporary.mkdir()
+    folder = directory.with_name(f".{directory.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        if directory.exists():
-            directory.rmdir()
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with cli.file_lock(folder / "lock", timeout=0), contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            temporary = folder / "stars"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
+            temporary.mkdir()
+            yield temporary
+            if directory.exists():
+                directory.rmdir()
+            temporary.rename(directory)
+    except filelock.Timeout:
+        raise cli.DataError(f"{directory}: another simulation is writing it; wait for its end") from None
 
 
 def simulate(

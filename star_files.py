@@ -5,7 +5,7 @@
         spectra/{subclass}/spec-{plate}-{mjd}-{fiberID}.fits, or spectra/{file}
         images/{subclass}/{name}_image.jpg
 
-Scripts write there; a star without label has no {subclass}/ in its paths. A star's file is found by its
+Scripts write there; a star of no class M0 to M4 has no {subclass}/ in its paths. A star's file is found by its
 name anywhere below spectra/ and images/, as in SDSS's own archive (spectra/{plate}/...).
 """
 
@@ -32,12 +32,12 @@ def catalog_path(data_dir: Path) -> Path:
 
 def spectrum_path(data_dir: Path, star: Star) -> Path:
     """Where a star's spectrum is written."""
-    return Path(data_dir) / "spectra" / (star.file or Path(star.subclass, f"spec-{star.spectrum_id}.fits"))
+    return Path(data_dir) / "spectra" / (star.file or Path(star.class_name, f"spec-{star.spectrum_id}.fits"))
 
 
 def cutout_path(data_dir: Path, star: Star) -> Path:
     """Where a star's cutout is written."""
-    return Path(data_dir) / "images" / star.subclass / f"{star.name}_image.jpg"
+    return Path(data_dir) / "images" / star.class_name / f"{star.name}_image.jpg"
 
 
 def spectrum_numbers(name: str) -> tuple[int, int, int] | None:

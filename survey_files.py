@@ -4,7 +4,7 @@ The files carry no checksum: corruption of one value into another plausible one 
 
 Sources: SDSS's spectra, https://data.sdss.org/datamodel/files/SPECTRO_REDUX/RUN2D/spectra/lite/PLATE4/spec.html, and
 until DR7 https://classic.sdss.org/dr7/dm/flatFiles/spSpec.html; LAMOST's low-resolution spectra,
-http://www.lamost.org/dr8/v1.0/doc/lr-data-production-description; the image size (128×128) is the paper's.
+http://www.lamost.org/dr8/v1.0/doc/lr-data-production-description.
 """
 
 import gzip
@@ -32,7 +32,7 @@ _MIN_WAVELENGTH = 1000  # Å; an spSpec's noise is never as large
 # Bytes of a value in a FITS table, by the letter of its format: FITS standard 4.0, table 18
 _BYTES = {"L": 1, "X": 1 / 8, "B": 1, "I": 2, "J": 4, "K": 8, "A": 1, "E": 4, "D": 8, "C": 8, "M": 16, "P": 8, "Q": 16}
 
-IMAGE_SIZE = 128  # pixels a side
+IMAGE_SIZE = 128  # pixels a side, as in an earlier reproduction; the authors' code takes any size
 CUTOUT_SCALE = 0.2  # arcsec a pixel of a cutout: a field of 25.6″
 SIMULATED_MARK = b"SIMULATED"  # in the JPEG comment of a simulated cutout
 

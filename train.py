@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import math
+import os
 import time
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -36,13 +37,13 @@ import history
 import outliers
 from cache import PreparedStars, read_stars
 from catalog import Star, describe
-from checkpoint import count_known_stars, load_checkpoint, load_image_weights, save_checkpoint
+from checkpoint import describe_training, load_checkpoint, load_image_weights, note_known_stars, save_checkpoint
 from classifier import Classifier
 from cli import DataError, progress, quietly, run_as_script, write_atomically
 from dataset import StarLoader, random_stream, split_stars
 from device import choose_device, choose_precision, out_of_memory_hint
 from evaluation import Evaluation, evaluate, fit_temperature, print_calibration, print_scores
-from history import Paths, Training
+from history import RunPaths, Training
 from recipe import Recipe
 from simulate_sdss_data import simulate
 from trainer import Trainer
@@ -55,7 +56,7 @@ EPOCH_LINE = (
 )
 PARTS = {"validation": "used for checkpoint selection: optimistic", "test": "held out"}
 # Fields of the recipe that an initial checkpoint fixes: its network, and the preparation of its inputs
-FIXED = ("modality", "image_backbone", "image_weights", "num_layers", "smoothing", "continuum_degree")
+FIXED_BY_CHECKPOINT = ("modality", "image_backbone", "image_weights", "num_layers", "smoothing", "continuum_degree")
 
 DEMO_STARS_PER_CLASS = 50
 DEMO_SNR = (5, 60)  # brighter than the catalogue's stars, so that few stars and few epochs suffice
@@ -122,7 +123,7 @@ def train_and_validate(
 
 
 def fit(
-    trainer: Trainer, loaders: dict[str, StarLoader], training: Training, paths: Paths, contents: dict[str, Any],
+    trainer: Trainer, loaders: dict[str, StarLoader], training: Training, paths: RunPaths, contents: dict[str, Any],
     scalars: Any = None,
 ) -> None:  # fmt: skip
     """Train from the epoch that `training` has reached. After each epoch: validate, save the checkpoint if it is the
@@ -259,14 +260,14 @@ def make_classifier(
     return classifier
 
 
-def open_tensorboard(paths: Paths, record: dict) -> Any:
+def open_tensorboard(paths: RunPaths, record: dict) -> Any:
     """A SummaryWriter; in a resumed run, repeated epochs replace those written before."""
     from torch.utils.tensorboard import SummaryWriter  # here: it is optional
 
     return SummaryWriter(paths.tensorboard, purge_step=len(record["epoch_metrics"]["train_loss"]) + 1)
 
 
-def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths) -> None:
+def finish(record: dict, loaders: dict[str, StarLoader], paths: RunPaths) -> None:
     """Evaluate the best checkpoint, put the run into the history, draw its plots."""
     best, checkpoint = load_checkpoint(paths.checkpoint, loaders["validation"].device)
     final, config, curves = record["final_metrics"], record["config"], record["epoch_metrics"]
@@ -303,7 +304,6 @@ def finish(record: dict, loaders: dict[str, StarLoader], paths: Paths) -> None:
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """--evaluate: score a checkpoint on its validation or test stars, or on all stars of another directory."""
     classifier, checkpoint = load_checkpoint(args.evaluate, choose_device(args.device))
-    config = checkpoint["config"]
     prepared, _ = read_stars(args.data_dir, classifier.recipe.modality, args.num_workers)
     if args.split == "all":
         indices = np.arange(len(prepared.stars))
@@ -318,20 +318,14 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
             raise DataError(
                 f"{args.data_dir}: none of the checkpoint's {args.split} stars is here; --split all scores others"
             )
-    loader = StarLoader(prepared, indices, next(classifier.parameters()).device)
+    loader = StarLoader(prepared, indices, classifier.device)
     evaluation = evaluate(classifier, loader)
     print(f"\n{args.evaluate}, epoch {checkpoint['epoch']}, on {describe([prepared.stars[i] for i in indices])}")
-    print(f"({args.split}; trained on {len(checkpoint['splits']['train'])} of {config['stars']})\n")
+    print(f"({PARTS.get(args.split, 'all stars')}; trained on {describe_training(checkpoint)})\n")
     print(evaluation.report())
     print_scores(evaluation.scores(), evaluation.intervals())
     print_calibration(evaluation, classifier.calibration_temperature.item())
     print(f"loss {sum(evaluation.losses):.3f}")
-
-
-def note_known_stars(stars: list[Star], path: Path, checkpoint: dict[str, Any]) -> None:
-    """Print how many of the stars the checkpoint's run has used, if any."""
-    if seen := count_known_stars(stars, checkpoint):
-        print(f"note: {seen} of these stars were used for training or checkpoint selection of {path}: optimistic")
 
 
 # Starting from a checkpoint, or resuming a run
@@ -344,7 +338,7 @@ def continue_from(args: argparse.Namespace, classifier: Classifier, checkpoint: 
     """
     own = asdict(classifier.recipe)
     given = {name: getattr(args, name) for name in own.keys() & args.given.keys()}
-    for name in FIXED:
+    for name in FIXED_BY_CHECKPOINT:
         if given.get(name, own[name]) != own[name]:
             raise DataError(f"{args.initial_checkpoint}: its {name} is {own[name]}; go on without {args.given[name]}")
     options = {"recipe": replace(classifier.recipe, **given), "recipe_name": checkpoint["config"]["recipe"]}
@@ -358,6 +352,8 @@ def differing_options(args: argparse.Namespace, unfinished: Training) -> list[st
         for options in (history.plain_options(args), unfinished.options)
     )
     free = {"output_dir", "device", "num_workers"}  # the run may have moved
+    if args.resume != "auto":
+        free.add("data_dir")  # its stars, too; main compares them
     compared = args.given.keys() & now.keys() - free
     return sorted(args.given[name] for name in compared if now[name] != then[name])
 
@@ -366,7 +362,7 @@ def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training | Non
     """The options of the unfinished run that --resume names, and that run.
 
     "auto": the newest run that agrees with the options on the command line; None if there is none. A path: raises
-    DataError if an option differs from that run's.
+    DataError if an option other than --data-dir differs from that run's.
     """
     automatic = args.resume == "auto"
     newest_first = sorted((args.output_dir / "checkpoints").glob(history.STATE_FILES.format("*")), reverse=True)
@@ -380,10 +376,12 @@ def resume(args: argparse.Namespace) -> tuple[argparse.Namespace, Training | Non
     else:
         print(f"{args.output_dir / 'checkpoints'}: no unfinished run of these options; a new one begins")
         return args, None
+    if "data_dir" in args.given:  # also for the next --resume
+        unfinished.options["data_dir"] = str(args.data_dir)
     options = unfinished.options | {
         "recipe": Recipe(**unfinished.options["recipe"]),
         "data_dir": Path(unfinished.options["data_dir"]),
-        "output_dir": path.parent.parent if path.parent.name else Path(".."),  # which may have moved
+        "output_dir": Path(os.path.abspath(path)).parent.parent,  # not resolve(): checkpoints/ may be a link
         "device": args.device,
         "num_workers": args.num_workers,
     }
@@ -418,6 +416,7 @@ def main(args: argparse.Namespace) -> None:
         if args.resume:
             args, unfinished = resume(args)
         if unfinished:
+            # So that nothing is downloaded or fitted again; fit loads the rest of the state.
             weights = unfinished.states["classifier"]
         elif args.initial_checkpoint:
             classifier, checkpoint = load_checkpoint(args.initial_checkpoint)
@@ -430,7 +429,7 @@ def main(args: argparse.Namespace) -> None:
         if unfinished and history.identify(prepared) != unfinished.stars:
             raise DataError(
                 f"{args.data_dir}: its stars are no longer the {unfinished.record['config']['stars']} that the run "
-                "began with; only with these can it go on"
+                "began with; only with these can it go on (--resume FILE --data-dir DIR, if they have moved)"
             )
         train(args, prepared, unused_stars, unfinished, weights)
 

@@ -19,6 +19,7 @@ def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.N
     the value of --recipe; and `given`, which maps the attributes set on the command line to their options."""
     parser = make_parser(docstring)
     args = parser.parse_args(argv)
+    # Parsed again with other defaults: whatever is not NOT_GIVEN was on the command line.
     explicit = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN)))
     args.given = {name: parser.option(name) for name, value in vars(explicit).items() if value is not NOT_GIVEN}
     if args.evaluate and (ignored := args.given.keys() - EVALUATE_OPTIONS):
@@ -29,6 +30,8 @@ def parse_arguments(docstring: str, argv: list[str] | None = None) -> argparse.N
         parser.error("--initial-checkpoint has its own recipe; change single options of it")
     if args.demo and args.resume:
         parser.error("--demo starts a run; --resume goes on with one: --output-dir demo")
+    if args.demo and "data_dir" in args.given:
+        parser.error("--demo simulates its own stars; go on without --data-dir, or without --demo")
     if args.validation_split + args.test_split >= 1:
         parser.error("--validation-split and --test-split together leave no star to train on")
     args.recipe_name = args.recipe

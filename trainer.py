@@ -36,7 +36,7 @@ class Trainer:
             # Only the contrastive loss uses this layer. DDP needs a gradient for every trainable parameter.
             spec_encoder.fc.requires_grad_(False)
         self.ddp_model = distributed.wrap_ddp(self.classifier)
-        self.device = next(classifier.parameters()).device
+        self.device = classifier.device
         self.optimizer = make_optimizer(classifier.network, recipe.learning_rate, recipe.weight_decay)
         total_steps = epochs * steps_per_epoch
         warmup_steps = min(round(recipe.warmup_epochs * steps_per_epoch), math.ceil(total_steps / 3))

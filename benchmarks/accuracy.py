@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie 
 import classical
 from accuracy_report import f1_by_snr, report
 from template_stars import simulate_from_templates
-from training_run import train_best
+from training_run import train_best, training_options
 
 import train
 from cache import INPUTS, PreparedStars, read_stars
@@ -51,7 +51,6 @@ from device import describe_device
 from evaluation import Evaluation, evaluate
 from recipe import IMPROVED, PAPER, RECIPES, Recipe, add_recipe_options, option_name
 from simulate_sdss_data import simulate
-from train_options import parse_arguments as parse_training_options
 
 # Sets by name: the median S/N a pixel, log-uniform between two values; None: as bright as the catalogue's stars.
 SETS = {"simulated": (5, 60), "catalogue": None, "kesseli": (5, 60), "bochanski": (5, 60)}
@@ -130,7 +129,7 @@ def choose_rows(args: argparse.Namespace) -> dict[str, Recipe | None]:
             networks[name] = recipe
     if args.pretrained:
         recipe = load_checkpoint(args.pretrained)[0].recipe
-        fixed = {field: getattr(recipe, field) for field in train.FIXED}
+        fixed = {field: getattr(recipe, field) for field in train.FIXED_BY_CHECKPOINT}
         networks[PRETRAINED] = replace(PAPER, **args.fields | fixed)
     others = dict.fromkeys(classical.methods(0, args.templates_dir))
     groups = {"networks": networks, "classical": others}
@@ -150,7 +149,7 @@ def make_stars(run: Run, args: argparse.Namespace) -> None:
     """Make the run's stars and decode their files, unless that is done."""
     name, make = run["set"], simulate
     if name in classical.TEMPLATES:
-        make = partial(simulate_from_templates, templates_path=args.templates_dir / classical.TEMPLATES[name])
+        make = partial(simulate_from_templates, templates_path=classical.template_files(args.templates_dir)[name])
     low, high = SETS[name] or (None, None)
     for part, path in enumerate(star_directories(run, args.directory)):
         if not path.exists():
@@ -172,18 +171,18 @@ def perform(run: Run, directory: Path, templates_dir: Path | None) -> Run:
             rows = split_stars(training, VALIDATION_SPLIT, 0.0, run["seed"])["train"]
             training_stars, test_stars = map(classical.observed_stars, paths)
             method = classical.methods(run["seed"], templates_dir)[run["row"]]
-            predictions = method(training_stars[rows], test_stars)
+            predictions = method.classify(training_stars[rows], test_stars)
             evaluation = Evaluation(test_stars.targets, np.eye(len(CLASS_NAMES))[predictions])
             others = {"device": "cpu"}
     scores = {name: round(value, 4) for name, value in evaluation.scores().items()}
     seconds = round(time.perf_counter() - started, 1)
-    return run | scores | {"f1_by_snr": f1_by_snr(evaluation, test.spectra[:])} | others | {"seconds": seconds}
+    return run | scores | {"f1_by_snr": f1_by_snr(evaluation, test.spectra[:].numpy())} | others | {"seconds": seconds}
 
 
 def train_network(run: Run, training: PreparedStars, test: PreparedStars) -> tuple[Evaluation, dict[str, Any]]:
     """Train as train.py does. Returns the evaluation of the best checkpoint, and further entries of the result."""
     recipe, seed = Recipe(**run["recipe"]), run["seed"]
-    options = parse_training_options(train.__doc__, ["--seed", str(seed)])
+    options = training_options("--seed", str(seed))
     options.recipe, options.validation_split = recipe, VALIDATION_SPLIT
     unread = dict.fromkeys({"spectra", "images"} - set(INPUTS[recipe.modality]))
     training, test = training._replace(**unread), test._replace(**unread)
@@ -243,10 +242,9 @@ def perform_all(runs: list[Run], args: argparse.Namespace, path: Path) -> None:
 def main() -> None:
     args = parse_arguments()
     rows, sets = choose_rows(args), list(args.sets)
-    for name in classical.TEMPLATES.keys() & sets:
-        if not args.templates_dir or not (args.templates_dir / classical.TEMPLATES[name]).exists():
-            print(f"the set {name} is skipped: no {classical.TEMPLATES[name]} in --templates-dir")
-            sets.remove(name)
+    for name in set(sets) & (classical.TEMPLATES.keys() - classical.template_files(args.templates_dir)):
+        print(f"the set {name} is skipped: no {classical.TEMPLATES[name]} in --templates-dir")
+        sets.remove(name)
     runs = [
         {"row": row, "recipe": recipe and asdict(recipe), "set": name, "draw": draw, "seed": seed,
          "pretrained": str(args.pretrained) if row == PRETRAINED else "", "per_class": args.per_class}

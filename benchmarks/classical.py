@@ -1,7 +1,7 @@
 """Classical methods that an astronomer would try first, on spectra as they come: flux over its median.
 
 training, test = observed_stars(Path("training")), observed_stars(Path("test"))
-predictions = methods(seed=1)["random forest"](training, test)        # (N,) class indices
+predictions = methods(seed=1)["random forest"].classify(training, test)    # (N,) class indices
 """
 
 from collections.abc import Callable
@@ -55,7 +55,16 @@ def observed_stars(directory: Path) -> ObservedStars:
     return ObservedStars(prepared.spectra[:].numpy(), magnitudes.to_numpy(), prepared.targets.numpy())
 
 
-Method = Callable[[ObservedStars, ObservedStars], np.ndarray]  # training stars, test stars → classes (N,) of the latter
+def median_snr(spectra: np.ndarray) -> np.ndarray:
+    """(N,): the median signal to noise of the good pixels of prepared spectra (N, 2, 3522)."""
+    flux, ivar = spectra[:, 0], spectra[:, 1]
+    return np.nanmedian(np.where(ivar > 0, flux * np.sqrt(ivar), np.nan), axis=1)
+
+
+def template_files(templates_dir: Path | None) -> dict[str, Path]:
+    """The files of TEMPLATES that are in the directory, by name."""
+    paths = {name: templates_dir / file for name, file in TEMPLATES.items()} if templates_dir else {}
+    return {name: path for name, path in paths.items() if path.exists()}
 
 
 # Features of N stars
@@ -119,6 +128,15 @@ def class_templates(path: Path) -> np.ndarray:
     return np.stack([np.interp(np.log10(WAVELENGTH), templates.loglam, spectrum) for spectrum in templates.solar[:5]])
 
 
+class Method(NamedTuple):
+    features: Callable[[ObservedStars], np.ndarray]
+    estimator: BaseEstimator
+
+    def classify(self, training: ObservedStars, test: ObservedStars) -> np.ndarray:
+        """Classes (N,) of the test stars, after training on the others."""
+        return self.estimator.fit(self.features(training), training.targets).predict(self.features(test))
+
+
 def methods(seed: int, templates_dir: Path | None = None) -> dict[str, Method]:
     """The methods by name; the fits to published templates only if `templates_dir` has them."""
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
@@ -127,7 +145,7 @@ def methods(seed: int, templates_dir: Path | None = None) -> dict[str, Method]:
     svm = tuned(make_pipeline(StandardScaler(), SVC()), cost)
     pca_svm = make_pipeline(PCA(random_state=seed), StandardScaler(), SVC())
     pca_svm = tuned(pca_svm, cost | {"pca__n_components": [5, 10, 20, 40]})
-    estimators = {
+    by_name = {
         "random forest": (flux, RandomForestClassifier(500, random_state=seed)),
         "SVM on principal components": (flux, pca_svm),
         "LDA on 32 band means": (band_means, LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")),
@@ -136,12 +154,6 @@ def methods(seed: int, templates_dir: Path | None = None) -> dict[str, Method]:
         "SVM on colours": (colours, svm),
         "nearest neighbours in r magnitude": (lambda stars: stars.magnitudes[:, 2:3], KNeighborsClassifier(25)),
     }
-    for name, file in TEMPLATES.items():
-        if templates_dir and (templates_dir / file).exists():
-            fit = TemplateFit(class_templates(templates_dir / file))
-            estimators[f"χ² fit to {name.title()}'s templates"] = (spectra, fit)
-
-    def classify(features: Callable, estimator: BaseEstimator, training: ObservedStars, test: ObservedStars):
-        return estimator.fit(features(training), training.targets).predict(features(test))
-
-    return {name: partial(classify, *method) for name, method in estimators.items()}
+    for name, path in template_files(templates_dir).items():
+        by_name[f"χ² fit to {name.title()}'s templates"] = (spectra, TemplateFit(class_templates(path)))
+    return {name: Method(*method) for name, method in by_name.items()}

@@ -21,7 +21,7 @@ from scipy.ndimage import gaussian_filter1d
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
-from classical import TEMPLATES, TIO5_RELATION
+from classical import TEMPLATES, TIO5_RELATION, median_snr
 from template_stars import Templates, read_templates
 
 import cli
@@ -35,7 +35,7 @@ from survey_files import read_spectrum
 LOGLAM = np.log10(WAVELENGTH)
 STARS = 300  # of a class, in the simulator's mean
 SMOOTHING = 10  # pixels, sigma
-MIN_SNR = 20  # median of a pixel, of real stars
+MIN_SNR = 20  # median of the good pixels, of real stars
 
 
 def simulated_mean(subclass: int) -> np.ndarray:
@@ -60,9 +60,9 @@ def real_means(directory: Path) -> dict[int, np.ndarray]:
     spectra = defaultdict(list)
     for path in sorted(directory.glob("*.fits")):
         spectrum = read_spectrum(path, Star(path.stem, "", 0, 0, 0, file=path.name))
-        flux, ivar = prepare_spectrum(spectrum)
-        if (match := re.match(r"d?M([0-4])\b", spectrum.subclass)) and np.median(flux * np.sqrt(ivar)) > MIN_SNR:
-            spectra[int(match[1])].append(np.interp(LOGLAM, LOGLAM - np.log10(1 + spectrum.redshift), flux))
+        prepared = prepare_spectrum(spectrum)
+        if (match := re.match(r"d?M([0-4])\b", spectrum.subclass)) and median_snr(prepared[None])[0] > MIN_SNR:
+            spectra[int(match[1])].append(np.interp(LOGLAM, LOGLAM - np.log10(1 + spectrum.redshift), prepared[0]))
     return {subclass: np.median(fluxes, axis=0) for subclass, fluxes in sorted(spectra.items())}
 
 

@@ -32,19 +32,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie 
 
 import classical
 from template_stars import simulate_from_templates
-from training_run import train_best
+from training_run import train_best, training_options
 
 import train
 from cache import PreparedStars
 from catalog import CLASS_NAMES, read_catalog
-from checkpoint import load_checkpoint
+from checkpoint import describe_training, load_checkpoint
 from classifier import Classifier
 from cli import DataError, ScriptParser, quietly, run_as_script, write_atomically
 from evaluation import BOOTSTRAP_DRAWS
 from outliers import References
 from prediction import StarInputs, classify, inputs_without_images, read_star
 from simulate_sdss_data import simulate
-from train_options import parse_arguments as parse_training_options
 
 SEED = 1
 FOLDS = 5
@@ -102,7 +101,7 @@ def ask_network(classifier: Classifier, references: References, real: Sequence[S
 
 def continue_network(path: Path, real: Sequence[StarInputs]) -> Classifier:
     """The best checkpoint of a run that starts from this one, on these stars."""
-    options = parse_training_options(train.__doc__, ["--initial-checkpoint", str(path), *CONTINUE])
+    options = training_options("--initial-checkpoint", str(path), *CONTINUE)
     classifier, checkpoint = load_checkpoint(path)
     options, prepared = train.continue_from(options, classifier, checkpoint), prepare(real)
     return train_best(options, prepared, classifier.state_dict())[0]
@@ -112,8 +111,7 @@ def network_rows(path: Path, real: list[StarInputs], labels: np.ndarray) -> dict
     classifier, checkpoint = load_checkpoint(path)
     inputs_without_images(classifier)
     references, modality = checkpoint["references"], classifier.recipe.modality
-    training = f"{len(checkpoint['splits']['train'])} of {checkpoint['config']['stars']}"
-    rows = {f"{path.stem}, {modality}: {training}": ask_network(classifier, references, real)}
+    rows = {f"{path.stem}, {modality}: {describe_training(checkpoint)}": ask_network(classifier, references, real)}
 
     def ask(training: np.ndarray, others: np.ndarray) -> Answers:
         with quietly():
@@ -140,9 +138,8 @@ def cross_validate_estimator(estimator: BaseEstimator, X: np.ndarray, y: np.ndar
 def training_stars(directory: Path, templates_dir: Path | None) -> dict[str, classical.ObservedStars]:
     """Stars to train on, by their origin."""
     makers = {"simulated": simulate}
-    for name, file in classical.TEMPLATES.items():
-        if templates_dir and (templates_dir / file).exists():
-            makers[name] = partial(simulate_from_templates, templates_path=templates_dir / file)
+    for name, path in classical.template_files(templates_dir).items():
+        makers[name] = partial(simulate_from_templates, templates_path=path)
     for name, make in makers.items():
         if not (directory / "stars" / name).exists():
             make(directory / "stars" / name, **TRAINING)
@@ -153,8 +150,7 @@ def training_stars(directory: Path, templates_dir: Path | None) -> dict[str, cla
 def classical_rows(
     args: argparse.Namespace, real: list[StarInputs], stars: classical.ObservedStars
 ) -> dict[str, Answers]:
-    # By method: the function that gives its features, and its estimator
-    methods = {name: method.args for name, method in classical.methods(SEED, args.templates_dir).items()}
+    methods = classical.methods(SEED, args.templates_dir)
     rows = {}
     for origin, training in training_stars(args.directory, args.templates_dir).items():
         for name in CLASSICAL:
@@ -176,7 +172,7 @@ def colour_rows() -> tuple[np.ndarray, dict[str, Answers], np.ndarray]:
     catalog = pd.read_csv(Path(__file__).resolve().parents[1] / "objects.csv")
     magnitudes = catalog[[f"{band}_mag" for band in "ugriz"]].to_numpy()
     labels, r = catalog["subclass"].map(CLASS_NAMES.index).to_numpy(), magnitudes[:, 2]
-    _, estimator = classical.methods(SEED)["SVM on colours"].args
+    estimator = classical.methods(SEED)["SVM on colours"].estimator
     colours = -np.diff(magnitudes, axis=1)
     inputs = {"SVM on colours": colours, "SVM on colours and r": np.column_stack([colours, r])}
     return labels, {name: cross_validate_estimator(estimator, X, labels) for name, X in inputs.items()}, r
@@ -232,7 +228,7 @@ def main() -> None:
     for path in args.checkpoints:
         rows |= network_rows(path, real, stars.targets)
     rows |= classical_rows(args, real, stars)
-    snr = np.median(stars.spectra[:, 0] * np.sqrt(stars.spectra[:, 1]), axis=1)
+    snr = classical.median_snr(stars.spectra)
     text = "\n".join(tables(stars.targets, rows, snr, "S/N") + tables(*colour_rows(), "r"))
     with write_atomically(args.directory / "real_spectra.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

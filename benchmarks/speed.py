@@ -28,7 +28,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one directory up
 
-from training_run import train_best
+from training_run import train_best, training_options
 
 import train
 from cache import PreparedStars
@@ -41,7 +41,6 @@ from loss_sic import loss_sic
 from preparation import SPECTRUM_LENGTH, Batch
 from recipe import IMAGE_BACKBONES, IMPROVED, PAPER, Recipe
 from survey_files import IMAGE_SIZE
-from train_options import parse_arguments as parse_training_options
 from trainer import Trainer
 
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -246,7 +245,7 @@ def idle_share(recipe: Recipe, batch_size: int, device: torch.device) -> float:
 
 def training_seconds(recipe: Recipe, stars: int = 400) -> float:
     """Seconds of a training by train.py on stars from its cache: from the split to the last epoch's checkpoint."""
-    options = parse_training_options(train.__doc__, [])
+    options = training_options()
     options.recipe = replace(recipe, image_weights="none")
     started = time.perf_counter()
     train_best(options, random_stars(stars))

@@ -1,6 +1,6 @@
 """A run of train.py inside a benchmark: the same steps, without its files.
 
-classifier, trainer, record = train_best(options, prepared)
+classifier, trainer, record = train_best(training_options("--epochs", "20"), prepared)
 """
 
 import argparse
@@ -15,7 +15,13 @@ import train
 from cache import PreparedStars
 from checkpoint import load_checkpoint
 from classifier import Classifier
+from train_options import parse_arguments
 from trainer import Trainer
+
+
+def training_options(*words: str) -> argparse.Namespace:
+    """The options of train.py, with these words on its command line."""
+    return parse_arguments(train.__doc__, list(words))
 
 
 def train_best(
@@ -23,7 +29,7 @@ def train_best(
 ) -> tuple[Classifier, Trainer, dict[str, Any]]:
     """The classifier of the best epoch, the trainer after the last one, and the record.
 
-    options: as of train_options.parse_arguments; weights: of a checkpoint, to start from.
+    weights: of a checkpoint, to start from.
     """
     trainer, loaders, splits = train.set_up(options, prepared, weights)
     with tempfile.TemporaryDirectory() as directory:

@@ -1,5 +1,7 @@
 """Shared by several test files."""
 
+import ast
+import csv
 import os
 import signal
 import subprocess
@@ -9,8 +11,9 @@ from pathlib import Path
 import torch
 
 from cache import PreparedStars
-from catalog import CLASS_NAMES, Star
+from catalog import CLASS_NAMES, Star, read_catalog
 from preparation import SPECTRUM_LENGTH
+from star_files import catalog_path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Real SDSS spectra and templates, which are not part of this repository; tests that want them skip without.
@@ -37,6 +40,27 @@ def run_script(
 def heed_ctrl_c() -> None:
     """As preexec_fn of a process: some shells make their background jobs, and all that these start, ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """The first parts of the names of all modules that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def stars_of(data_dir: Path) -> list[Star]:
+    """The stars of the catalogue of a data directory."""
+    return read_catalog(catalog_path(data_dir))[0]
+
+
+def write_catalog(data_dir: Path, stars: list[Star]) -> None:
+    with open(catalog_path(data_dir), "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([Star._fields, *stars])
 
 
 def checkpoint_contents() -> dict[str, object]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import SMALL, run_script
+from sdss_server import SdssServer, running_server
 
 from simulate_sdss_data import simulate
 
@@ -27,6 +29,13 @@ def stars_dir(tmp_path_factory) -> Path:
 def own_stars_dir(stars_dir, tmp_path) -> Path:
     """A copy of the stars that a test may spoil."""
     return shutil.copytree(stars_dir, tmp_path / "stars")
+
+
+@pytest.fixture
+def server() -> Iterator[SdssServer]:
+    """A local server that behaves like SDSS, without any star."""
+    with running_server() as running:
+        yield running
 
 
 class FinishedRun(NamedTuple):

@@ -1,6 +1,5 @@
 """The cache of prepared stars: its rows are the content of the files, whatever happens to either."""
 
-import csv
 import os
 import shutil
 import signal
@@ -13,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from astropy.io import fits
-from common import ROOT
+from common import ROOT, stars_of, write_catalog
 
 import cache
-from catalog import Star, read_catalog
+from catalog import Star
 from cli import DataError
 from preparation import prepare_cutout, prepare_spectrum
 from simulate_sdss_data import simulate
@@ -36,15 +35,6 @@ def simulated(tmp_path_factory) -> Path:
 @pytest.fixture
 def stars_dir(simulated, tmp_path) -> Path:
     return shutil.copytree(simulated, tmp_path / "stars")
-
-
-def catalog(stars_dir: Path) -> list[Star]:
-    return read_catalog(stars_dir / "objects.csv")[0]
-
-
-def write_catalog(stars_dir: Path, stars: list[Star]) -> None:
-    with open(stars_dir / "objects.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([Star._fields, *stars])
 
 
 def read(stars_dir: Path, modality: str = "fusion", num_workers: int = 1) -> cache.PreparedStars:
@@ -81,7 +71,7 @@ def test_rows_are_the_prepared_files(stars_dir, monkeypatch, num_workers):
 
 
 def test_a_file_that_the_modality_does_not_read_may_be_missing_or_damaged(stars_dir, capsys):
-    first, second = catalog(stars_dir)[:2]
+    first, second = stars_of(stars_dir)[:2]
     cutout_path(stars_dir, first).unlink()
     spectrum_path(stars_dir, second).write_bytes(b"no spectrum")
     for modality, missing, set_aside in (("fusion", 1, 1), ("spectrum", 0, 1), ("image", 1, 0)):
@@ -101,7 +91,7 @@ def test_without_any_usable_star_the_reason_is_named(stars_dir):
 
 @pytest.mark.parametrize("modality", ["fusion", "image"])
 def test_a_star_whose_position_is_not_its_spectrums_is_set_aside(stars_dir, modality):
-    stars = [star._replace(ra=100.0, dec=60.0) for star in catalog(stars_dir)]
+    stars = [star._replace(ra=100.0, dec=60.0) for star in stars_of(stars_dir)]
     for star, offset in zip(stars, [4 / 3600, 6 / 3600, 3.2, *[0] * (STARS - 3)], strict=True):
         fits.setval(spectrum_path(stars_dir, star), "PLUG_RA", value=100 + 2 * offset)  # cos 60° = 1/2
         fits.setval(spectrum_path(stars_dir, star), "PLUG_DEC", value=60.0)
@@ -113,7 +103,7 @@ def test_a_star_whose_position_is_not_its_spectrums_is_set_aside(stars_dir, moda
 
 
 def test_position_and_simulation_are_the_files_where_the_catalogue_is_silent(stars_dir):
-    first, *_ = stars = [Star(*star[:5]) for star in catalog(stars_dir)]
+    first, *_ = stars = [Star(*star[:5]) for star in stars_of(stars_dir)]
     write_catalog(stars_dir, stars)
     with fits.open(spectrum_path(stars_dir, first), mode="update") as hdus:
         hdus[0].header.update(PLUG_RA=12.5, PLUG_DEC=-3.25)
@@ -128,16 +118,16 @@ def test_position_and_simulation_are_the_files_where_the_catalogue_is_silent(sta
 
 
 def swap_flux(stars_dir: Path) -> None:
-    with fits.open(spectrum_path(stars_dir, catalog(stars_dir)[1]), mode="update") as hdus:
+    with fits.open(spectrum_path(stars_dir, stars_of(stars_dir)[1]), mode="update") as hdus:
         hdus[1].data["flux"] = hdus[1].data["flux"][::-1].copy()
 
 
 CHANGES = {
     "content of the same size": (swap_flux, STARS),
-    "a star fewer": (lambda directory: write_catalog(directory, catalog(directory)[1:]), STARS - 1),
-    "another order": (lambda directory: write_catalog(directory, catalog(directory)[::-1]), STARS),
-    "no cutout": (lambda directory: cutout_path(directory, catalog(directory)[2]).unlink(), STARS - 1),
-    "an older file": (lambda directory: os.utime(cutout_path(directory, catalog(directory)[2]), (1, 1)), STARS),
+    "a star fewer": (lambda directory: write_catalog(directory, stars_of(directory)[1:]), STARS - 1),
+    "another order": (lambda directory: write_catalog(directory, stars_of(directory)[::-1]), STARS),
+    "no cutout": (lambda directory: cutout_path(directory, stars_of(directory)[2]).unlink(), STARS - 1),
+    "an older file": (lambda directory: os.utime(cutout_path(directory, stars_of(directory)[2]), (1, 1)), STARS),
 }
 
 
@@ -161,7 +151,7 @@ def test_another_preparation_is_noticed(stars_dir, decoded, monkeypatch, tmp_pat
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(stars_dir, monkeypatch):
-    first = catalog(stars_dir)[0]
+    first = stars_of(stars_dir)[0]
 
     def refuse(path, star):
         if star.name == first.name:
@@ -213,27 +203,42 @@ from pathlib import Path
 import cache
 multiprocessing.set_start_method("fork")  # workers, too, are slow
 read_cutout, cache.FEW_STARS = cache.survey_files.read_cutout, 0
-cache.survey_files.read_cutout = lambda path: (time.sleep(float(sys.argv[2])), read_cutout(path))[1]
+
+def read_slowly(path):
+    with open(sys.argv[3], "a") as file:
+        print(path, file=file)
+    time.sleep(float(sys.argv[2]))
+    return read_cutout(path)
+
+cache.survey_files.read_cutout = read_slowly
+print("ready", flush=True)
+sys.stdin.readline()
 print(len(cache.read_stars(Path(sys.argv[1]), "fusion", 2)[0].stars), "stars read")
 """
 
 
-def start_reading(stars_dir: Path, seconds_a_star: float) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", READ, str(stars_dir), str(seconds_a_star)]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_reading(stars_dir: Path, seconds_a_star: float, runs: int) -> list[subprocess.Popen[str]]:
+    """Runs that start together; they write the path of each cutout that they read into a file, `cutouts_read`."""
+    arguments = [sys.executable, "-c", READ, str(stars_dir), str(seconds_a_star), str(stars_dir / "cutouts_read")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    processes = [subprocess.Popen(arguments, cwd=ROOT, text=True, **pipes) for _ in range(runs)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        print(file=process.stdin, flush=True)
+    return processes
 
 
 def test_two_runs_that_start_together_share_the_work(stars_dir, decoded):
-    both = [start_reading(stars_dir, 0.1) for _ in range(2)]
-    told = [process.communicate(timeout=120)[0] for process in both]
+    told = [process.communicate(timeout=120)[0] for process in start_reading(stars_dir, 0.1, runs=2)]
     assert all(f"{STARS} stars read" in out for out in told)
-    assert sum("waiting for it" in out for out in told) <= 1
+    assert len((stars_dir / "cutouts_read").read_text().splitlines()) == STARS
     assert_rows_are_the_files(stars_dir, read(stars_dir))
     assert not decoded
 
 
 def test_a_killed_run_leaves_no_lock_and_nothing_that_counts(stars_dir):
-    process = start_reading(stars_dir, 60)
+    [process] = start_reading(stars_dir, 60, runs=1)
     directory = stars_dir / cache.CACHE_DIR
     deadline = time.monotonic() + 60
     while not list(directory.glob("partial-*/spectra")) and time.monotonic() < deadline:

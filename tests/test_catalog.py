@@ -185,7 +185,8 @@ def test_other_classes_and_repeated_rows_are_left_out_and_counted(tmp_path):
     reasons = [f"subclass {name or '(empty)'} is not one of M0, M1, M2, M3, M4" for name in [*classes[:7], "K7"]]
     assert left_out == Counter([*reasons, "repeats a spectrum listed further up"])
     stars, left_out = read(tmp_path, text.rpartition("\n")[0], labelled=False)
-    assert [star.subclass for star in stars] == [""] * 7 + ["M1", "M0"] and left_out.total() == 1
+    assert [star.subclass for star in stars] == [*classes[:7], "M1", "M0"] and left_out.total() == 1
+    assert [star.class_name for star in stars] == [""] * 7 + ["M1", "M0"]
 
 
 def test_stars_without_label(tmp_path):
@@ -339,7 +340,7 @@ def test_any_other_text_is_refused_or_gives_stars_that_can_be_named(path, conten
             continue
         for star in stars:
             assert star.name and not {"/", "\\", "\0"} & set(star.name) and not star.name.startswith(".")
-            assert star.subclass in ("", *CLASS_NAMES)
+            assert star.class_name in ("", *CLASS_NAMES) and (star.subclass + "a").isprintable()
 
 
 def test_rows_left_out_are_reported_by_reason(capsys):

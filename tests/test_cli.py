@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import signal
 import sys
-from pathlib import Path
+import time
 
 import pytest
 from filelock import FileLock, Timeout
@@ -96,17 +98,24 @@ def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
-def test_a_lock_that_another_process_holds_is_waited_for(tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(Timeout), file_lock(tmp_path / ".lock", timeout=0.05):
+@pytest.mark.parametrize("waiting", ["", "another run is here"])
+def test_a_lock_that_another_process_holds_is_waited_for(tmp_path, capsys, waiting):
+    lock, start = FileLock(tmp_path / ".lock"), time.monotonic()
+    with lock, pytest.raises(Timeout), file_lock(tmp_path / ".lock", 0.2, waiting):
         pass
+    assert time.monotonic() - start >= 0.2 and capsys.readouterr().out.strip() == waiting
+    with file_lock(tmp_path / ".lock", 0.2, waiting):
+        assert not capsys.readouterr().out
 
 
-def test_a_file_system_without_locks_is_named_once(tmp_path, monkeypatch, capsys):
-    def acquire(*arguments, **options) -> None:
-        raise NotImplementedError("no locks here")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE, errno.EIO, None])
+def test_a_file_system_without_locks_is_named_once(tmp_path, monkeypatch, capsys, code):
+    def flock(file: int, operation: int) -> None:
+        raise OSError(code, "no locks here") if code else NotImplementedError("no locks here")
 
-    monkeypatch.setattr(FileLock, "acquire", acquire)
-    for _ in range(2):
-        with file_lock(Path(tmp_path, ".lock"), timeout=0):
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for timeout in (0, -1):
+        with file_lock(tmp_path / ".lock", timeout):
             pass
-    assert capsys.readouterr().err.count("no file locks (no locks here)") == 1
+    error = capsys.readouterr().err
+    assert error.count(f"{tmp_path}: no file locks (") == error.count("no locks here") == 1

@@ -1,10 +1,14 @@
-"""The simulator's mean spectra against published ones: bands, indices and zero point."""
+"""The simulator against published mean spectra (bands, indices and zero point), and its noise against real spectra."""
 
 import compare_simulator
 import numpy as np
 import pytest
+from astropy.io import fits
 from common import SHARED_DATA, run_script
 from template_stars import read_templates
+
+import mdwarf
+from instrument import Spectrograph
 
 CLASSES = range(5)
 
@@ -48,3 +52,16 @@ def test_the_script_prints_both_tables(means):
     for k in CLASSES:
         assert fits["Kesseli", f"M{k}"][0] == k == fits["Bochanski", f"M{k}"][1]
         assert fits["simulated", f"M{k}"] == pytest.approx((k, k), abs=0.6)
+
+
+def test_noise_agrees_with_real_spectra_of_the_same_magnitude():
+    real = [SHARED_DATA / f"spec-{name}.fits" for name in ("0618-52049-0372", "1123-52882-0065", "5047-55833-0936")]
+    if not all(path.exists() for path in real):
+        pytest.skip("real SDSS spectra are not part of the project")
+    for path, is_boss in zip(real, (False, False, True), strict=True):
+        table, row = fits.getdata(path, 1), fits.getdata(path, 2)[0]
+        loglam, flux = table["loglam"].astype(float), table["flux"].astype(float)
+        r = mdwarf.r_magnitude(loglam, flux)
+        assert r == pytest.approx(22.5 - 2.5 * np.log10(row["SPECTROFLUX"][2]), abs=0.1)
+        snrs = [Spectrograph(loglam, is_boss, np.random.default_rng(k)).median_snr(flux) for k in range(20)]
+        assert np.median(snrs) == pytest.approx(row["SN_MEDIAN_ALL"], rel=0.25), path.name

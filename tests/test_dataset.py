@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import random_stars
 
-from cache import PreparedStars
+from cache import PreparedStars, read_stars
 from cli import DataError
 from dataset import StarLoader, equal_batches, prefetch, random_stream, split_stars
 
@@ -47,7 +47,7 @@ def test_no_star_is_in_two_parts(seed):
 @pytest.mark.parametrize(
     "per_class, fractions, message",
     [
-        (2, (0.2, 0.0), "10 stars cannot be split"),
+        (2, (0.2, 0.0), r"10 star\(s\) cannot be split .* at least 5, one for each"),
         (2, (0.5, 0.2), "every class needs at least 3 stars"),
         (1, (0.2, 0.0), r"class M0 has 1 usable spectra, of 1 star\(s\); every class needs at least 2 stars"),
     ],
@@ -80,8 +80,22 @@ def test_classes_that_are_absent_can_be_allowed(capsys):
         assert f"no {'M3' if counts[part][1] else 'M1, M3'} star in the {part} part" in printed
     with pytest.raises(DataError, match="class M1 has 1 usable"):
         split_stars(few, 0.2, 0.2, seed=0)
-    with pytest.raises(DataError, match="3 stars cannot be split"):
+    with pytest.raises(DataError, match=r"3 star\(s\) cannot be split"):
         split_stars(few._replace(stars=few.stars[19:22], targets=few.targets[19:22]), 0.2, 0.0, 0, all_classes=False)
+
+
+@pytest.mark.parametrize(
+    "count, message",
+    [
+        (1, r"^1 star\(s\) cannot be split by --validation-split and --test-split: .* at least 1, one for each class$"),
+        (2, r"^1 star\(s\) to train on; at least 3 are needed$"),
+    ],
+)
+def test_a_few_stars_alone_are_refused_where_classes_may_be_absent(count, message):
+    prepared = labels_alone(20)
+    few = prepared._replace(stars=prepared.stars[:count], targets=prepared.targets[:count])
+    with pytest.raises(DataError, match=message):
+        split_stars(few, 0.2, 0.0, seed=0, all_classes=False)
 
 
 # Batches
@@ -98,7 +112,7 @@ def test_batches_are_equal_and_few_stars_are_left_over(stars, batch_size, proces
 
 
 def test_fewer_stars_than_processes_are_refused():
-    with pytest.raises(DataError, match="3 "):
+    with pytest.raises(DataError, match="^batches of 3 stars cannot be shared by 4 processes$"):
         equal_batches(3, 32, 4)
 
 
@@ -155,11 +169,13 @@ def test_random_streams_have_nothing_in_common():
     assert not torch.isin(draws[42, 2], draws[43, 1]).any()
 
 
-def test_stars_held_on_the_device_come_in_the_same_batches():
-    loader, batches = StarLoader(random_stars(4), np.arange(3, 17), torch.device("cpu")), []
+def test_stars_held_on_the_device_come_in_the_same_batches(stars_dir):
+    prepared, _ = read_stars(stars_dir, "fusion", num_workers=1)
+    loader, batches = StarLoader(prepared, np.arange(3, 17), torch.device("cpu")), []
     for stars in (None, loader._load()):
         loader.resident = stars  # as on a GPU with room for them
         order = torch.Generator().manual_seed(1)
-        batches.append([*loader.in_order(5), *loader.epoch(5, order)])
+        batches.append([*loader.in_order(13), *loader.epoch(5, order)])
+    assert batches[0][1].spectra.shape == (1, 2, 3522)  # the last of 14 stars is alone
     for read, held in zip(*batches, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(read, held, strict=True))

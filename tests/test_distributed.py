@@ -59,8 +59,8 @@ def test_variables_that_a_scheduler_left_do_not_count(monkeypatch):
 
 
 def figures() -> dict[str, object]:
-    """Of a step of the paper's loss on 12 stars, and of an evaluation of 7 others. Batch norms are as in evaluation: on
-    CPUs each process has its own."""
+    """Of a step of the paper's loss on 12 stars, and of an evaluation of 7 others; then the buffers of each process
+    after another step. In the first step, batch norms are as in evaluation: on CPUs each process has its own."""
     torch.manual_seed(0)
     classifier = Classifier(replace(PAPER, image_backbone="resnet18", num_layers=1, batch_size=12)).eval()
     prepared, device = random_stars(4), torch.device("cpu")
@@ -70,6 +70,10 @@ def figures() -> dict[str, object]:
     found |= {f"gradient of {name}": p.grad.clone() for name, p in classifier.named_parameters()}
     validation = evaluate(classifier, StarLoader(prepared, np.arange(12, 19), device))
     found |= {"validation losses": validation.losses, "retrieval accuracy": validation.retrieval_accuracy}
+    trainer.classifier.train()
+    trainer.step(batch)
+    distributed.synchronise_buffers(classifier)
+    found |= {"buffers": distributed.gather_objects(dict(classifier.named_buffers()))}
     return found | {"logits": sorted(validation.logits.tolist())}
 
 
@@ -78,6 +82,8 @@ def test_two_processes_take_the_gradient_of_one_contrast(tmp_path):
     torchrun(Path(__file__), tmp_path / "two.pth")
     one, two = figures(), torch.load(tmp_path / "two.pth", weights_only=True)
     assert (one.pop("stars"), two.pop("stars")) == (12, 6) and one.keys() == two.keys()
+    buffers, others = two.pop("buffers")
+    assert len(one.pop("buffers")) == 1 and all(torch.equal(value, others[name]) for name, value in buffers.items())
     for name, value in one.items():
         value, other = torch.as_tensor(value).double(), torch.as_tensor(two[name]).double()
         assert torch.allclose(value, other, rtol=1e-3, atol=1e-3 * value.abs().max().item() + 1e-9), name

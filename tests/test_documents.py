@@ -7,7 +7,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from common import ROOT
+from common import ROOT, imports_of
 
 
 def test_guarantees_name_tests_that_are_there():
@@ -25,13 +25,7 @@ def test_guarantees_name_tests_that_are_there():
 
 def imported_packages(paths: list[Path]) -> set[str]:
     """The distributions, in small letters, of all imports that are neither Python's nor the project's own."""
-    names = set()
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names.add(node.module.partition(".")[0])
+    names = set().union(*(imports_of(ast.parse(path.read_text(encoding="utf-8"))) for path in paths))
     own = {path.stem for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")}
     others, distributions = names - own - sys.stdlib_module_names, packages_distributions()
     return {distributions.get(name, [name])[0].lower() for name in others}

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import fcntl
 import gzip
 import os
 import re
@@ -33,12 +32,6 @@ from sdss_server import (
 
 import download_sdss_data
 from star_files import cutout_path, spectrum_path
-
-
-@pytest.fixture
-def server() -> Iterator[SdssServer]:
-    with sdss_server.running_server() as running:
-        yield running
 
 
 def run(data_dir: Path, server: SdssServer, *options: object) -> subprocess.CompletedProcess[str]:
@@ -194,14 +187,26 @@ def test_a_file_counts_wherever_it_lies(tmp_path, server):
     assert server.count("spectro") == 0
 
 
+def test_a_damaged_gzipped_spectrum_is_replaced_by_a_gzipped_one(tmp_path, server):
+    [(star, address)] = make_stars(server, 1).items()
+    write_catalog(tmp_path, [star])
+    path = spectrum_path(tmp_path, star).with_suffix(".fits.gz")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress(server.files[address])[:-100])
+    download(tmp_path, server)
+    assert gzip.decompress(path.read_bytes()) == server.files[address]
+
+
 def test_a_file_that_the_catalogue_names_is_not_fetched_and_listed_if_absent(tmp_path, server):
     places = zip("ab", make_stars(server, 2), strict=True)
     rows = [f"{name}.fits,M1,{star.ra},{star.dec}" for name, star in places]
     (tmp_path / "objects.csv").write_text("\n".join(["file,subclass,ra,dec", *rows]))
     (tmp_path / "spectra").mkdir()
     (tmp_path / "spectra" / "a.fits").write_bytes(b"of another survey")
-    download(tmp_path, server, exit_status=1)
     reason = "the catalogue names a file of your own, which is not in spectra/"
+    planned = download(tmp_path, server, "--dry-run")
+    assert "to fetch: 0 spectra, 2 cutouts" in planned and f"({reason}) -> {tmp_path / 'spectra/b.fits'}\n" in planned
+    download(tmp_path, server, exit_status=1)
     assert failures(tmp_path) == {tmp_path / "spectra" / "b.fits": reason}
     assert server.count("spectro") == 0
     assert {path.name for path in (tmp_path / "images").rglob("*.jpg")} == {"a_image.jpg", "b_image.jpg"}
@@ -237,20 +242,6 @@ def test_a_second_download_into_the_same_directory_is_refused(tmp_path, server):
     assert process.stderr == (
         f"download_sdss_data.py: error: another download into {tmp_path} is running; wait for its end\n"
     )
-
-
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE, errno.EIO])
-def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, server, monkeypatch, capsys, code):
-    def flock(file: int, operation: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    stars = make_stars(server, 1)
-    write_catalog(tmp_path, stars)
-    download_sdss_data.main(options_for(tmp_path, server))
-    assert written(tmp_path) == contents(tmp_path, stars, server)
-    [warning] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert f"{tmp_path}: no file locks" in warning
 
 
 # What does not arrive

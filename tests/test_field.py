@@ -1,8 +1,7 @@
 """Inputs and places that public bug reports of this field describe; an input a row. The tests of each module have
 more of the same kinds."""
 
-import errno
-import fcntl
+import ast
 import os
 import subprocess
 import sys
@@ -11,13 +10,10 @@ from math import isnan, nan
 from pathlib import Path
 
 import pytest
-import sdss_server
-import test_imports
-from common import ROOT, SHARED_DATA, SMALL, run_script
+from common import ROOT, SHARED_DATA, SMALL, imports_of, run_script
 from sdss_server import make_stars, options_for, write_catalog
 
 import download_sdss_data
-import history
 import predict
 import show_star
 import train
@@ -100,13 +96,12 @@ def test_a_spectrum_of_the_field(name, identity, expected):
         read_spectrum(FIELD / name, star)
 
 
-def test_one_name_on_two_places_is_refused_where_only_the_spectra_tell(tmp_path):
-    with sdss_server.running_server() as server:
-        stars = [star._replace(name="0") for star in make_stars(server, 2)]
-        write_catalog(tmp_path, stars, positions=False)
-        with pytest.raises(DataError, match="0300-51901-0001 and 0300-51902-0002 are both named 0, but lie 0.022° apa"):
-            download_sdss_data.main(options_for(tmp_path, server))
-        assert not server.count("getjpeg")
+def test_one_name_on_two_places_is_refused_where_only_the_spectra_tell(tmp_path, server):
+    stars = [star._replace(name="0") for star in make_stars(server, 2)]
+    write_catalog(tmp_path, stars, positions=False)
+    with pytest.raises(DataError, match="0300-51901-0001 and 0300-51902-0002 are both named 0, but lie 0.022° apart"):
+        download_sdss_data.main(options_for(tmp_path, server))
+    assert not server.count("getjpeg")
     with pytest.raises(DataError, match="are both named 0"):  # by train.py, too
         read_stars(tmp_path, "spectrum", 1)
 
@@ -117,9 +112,8 @@ def test_one_name_on_two_places_is_refused_where_only_the_spectra_tell(tmp_path)
 def test_only_one_module_imports_matplotlib():
     """And shields it from the user's settings: a notebook's MPLBACKEND, usetex."""
     files = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
-    trees = {path.name: test_imports.ast.parse(path.read_text(encoding="utf-8")) for path in files}
-    importing = {name for name, tree in trees.items() if "matplotlib" in test_imports.imports_of(tree)}
-    assert importing <= {"plots.py"}
+    trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    assert {name for name, tree in trees.items() if "matplotlib" in imports_of(tree)} == {"plots.py"}
 
 
 @pytest.mark.parametrize("script", ["train.py", "download_sdss_data.py", "simulate_sdss_data.py"])
@@ -151,20 +145,6 @@ def test_a_file_in_place_of_the_data_directory_is_named(tmp_path, script):
     (tmp_path / "objects.csv").write_text(f"{HEADER}\n")
     with pytest.raises(OSError, match="Not a directory: .*objects.csv"):
         MAIN[script](tmp_path / "objects.csv")
-
-
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE, errno.EIO])
-def test_a_run_is_recorded_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys, code):
-    def flock(file: int, operation: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    path = tmp_path / "training_history.json"
-    for resumed in (None, "20260101_000000"):
-        with history.claim_training_id(tmp_path, resumed) as training_id:
-            history.put_into_history(path, {"config": {"training_id": training_id}})
-    assert path.read_text().count("training_id") == 2
-    assert f"{tmp_path}: no file locks" in capsys.readouterr().err
 
 
 def test_plots_that_cannot_be_written_are_found_before_the_first_epoch(stars_dir, tmp_path, monkeypatch):

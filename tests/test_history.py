@@ -13,7 +13,7 @@ from common import random_stars
 
 import history
 from cli import DataError
-from history import claim_training_id, fingerprint, put_into_history
+from history import claim_training_id, put_into_history, stars_digest
 
 
 def run(training_id: str, **config: object) -> dict:
@@ -108,6 +108,6 @@ def test_training_ids_of_one_second_differ(tmp_path, monkeypatch):
             pass
 
 
-def test_a_fingerprint_is_of_the_stars_not_of_their_order():
+def test_a_digest_is_of_the_stars_not_of_their_order():
     stars = random_stars(1).stars
-    assert fingerprint(stars) == fingerprint(stars[::-1]) != fingerprint(stars[:-1])
+    assert stars_digest(stars) == stars_digest(stars[::-1]) != stars_digest(stars[:-1])

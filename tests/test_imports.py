@@ -5,23 +5,10 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 
-from common import ROOT
+from common import ROOT, imports_of
 
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.glob("*.py")}
 SCRIPTS = {name for name, tree in MODULES.items() if "__name__ == '__main__'" in ast.unparse(tree)}
-
-
-def imports_of(tree: ast.AST) -> set[str]:
-    """The first parts of the names of all modules that a file imports, also inside functions."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
-    return names
-
-
 GRAPH = {name: imports_of(tree) & MODULES.keys() for name, tree in MODULES.items()}
 
 

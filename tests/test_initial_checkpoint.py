@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from training import SPECTRUM, checkpoint_of, read_history, train_here
+from training import SPECTRUM, checkpoint_of, fail_in_epoch, read_history, train_here
 
 import train
 from cache import read_stars
@@ -78,7 +78,10 @@ def test_a_run_begins_with_the_weights_and_the_recipe_of_a_checkpoint(
     [
         (("--layers", 2), "its num_layers is 1; go on without --layers"),
         (("--modality", "fusion"), "its modality is spectrum; go on without --modality"),
+        (("--image-backbone", "resnet34"), "its image_backbone is resnet18; go on without --image-backbone"),
+        (("--image-weights", "imagenet"), "its image_weights is none; go on without --image-weights"),
         (("--smoothing", 3), "its smoothing is 0.0; go on without --smoothing"),
+        (("--continuum-degree", 3), "its continuum_degree is -1; go on without --continuum-degree"),
     ],
 )
 def test_the_weights_of_a_checkpoint_fix_its_network_and_preparation(initial, stars_dir, tmp_path, options, message):
@@ -87,18 +90,11 @@ def test_the_weights_of_a_checkpoint_fix_its_network_and_preparation(initial, st
 
 
 def test_such_a_run_is_resumed_without_the_checkpoint(initial, shifted_dir, tmp_path, monkeypatch):
-    train_one_epoch = train.train_one_epoch
-
-    def train_or_stop(*arguments) -> list[float]:
-        if arguments[2] == 2:
-            raise KeyboardInterrupt
-        return train_one_epoch(*arguments)
-
     copied = shutil.copy(initial, tmp_path)
     options = ("--data-dir", shifted_dir, "--initial-checkpoint", copied, "--epochs", 2, "--device", "cpu")
     train_here(*options, "--output-dir", tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_one_epoch", train_or_stop)
+        fail_in_epoch(patch, 2, KeyboardInterrupt())
         train_here(*options, "--output-dir", tmp_path / "resumed")
     Path(copied).unlink()
     train_here("--resume", "auto", "--output-dir", tmp_path / "resumed")

@@ -11,6 +11,7 @@ from lamost import HEADER, lamost_file
 import cache
 from catalog import Star, read_catalog
 from cli import DataError
+from prediction import read_star, star_of_file
 from preparation import WAVELENGTH, prepare_spectrum
 from survey_files import WrongFileError, read_spectrum
 
@@ -54,6 +55,8 @@ def test_pixels_between_sdss_pixels_are_interpolated(tmp_path, table):
 def test_redshifts_that_are_no_stars_are_unknown(tmp_path, table, cards, redshift, subclass):
     (tmp_path / "a.fits").write_bytes(lamost_file(10**LOGLAM, FLUX, IVAR, table=table, **cards))
     assert read_spectrum(tmp_path / "a.fits", STAR)[-2:] == (redshift, subclass)
+    read = read_star(("spectra",), *star_of_file(tmp_path / "a.fits"))
+    assert read.star.subclass == subclass.removeprefix("d")
 
 
 DISORDER = LOGLAM.copy()

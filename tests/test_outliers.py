@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cache import PreparedStars, read_stars
-from outliers import ORDINARY, fit_references, is_outlier, outlier_score, summarise_images
+from outliers import fit_references, is_outlier, outlier_score, summarise_images
 from preparation import SPECTRUM_LENGTH, WAVELENGTH, prepare_spectrum
 from simulate_sdss_data import simulate
 from survey_files import CUTOUT_SCALE, Spectrum
@@ -73,14 +73,14 @@ def test_ordinary_stars_are_rarely_flagged(references, tmp_path):
 
 
 def test_the_limit_holds_for_stars_that_the_fit_has_not_seen():
+    """Without cross-validation, more than 0.18 of them lie beyond it."""
     random = torch.Generator().manual_seed(0)
-    bands = torch.randn(1500, 1, 32, generator=random)
+    bands = torch.randn(860, 1, 32, generator=random) * torch.logspace(-2, 0, 32)
     spectra = torch.nn.functional.interpolate(bands, SPECTRUM_LENGTH).expand(-1, 2, -1)
     prepared = PreparedStars([None] * len(spectra), spectra, None, None)
-    references = fit_references(prepared, np.arange(700))
+    references = fit_references(prepared, np.arange(60))
     assert references.keys() == {"spectra"}
-    fraction = (outlier_score("spectra", spectra[700:], references["spectra"]) < 1).double().mean()
-    assert fraction == pytest.approx(ORDINARY, abs=0.006)
+    assert is_outlier(outlier_score("spectra", spectra[60:], references["spectra"])).double().mean() < 0.1
 
 
 def test_a_neighbour_in_the_field_hardly_changes_an_image():

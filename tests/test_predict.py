@@ -14,12 +14,12 @@ import pytest
 import torch
 from astropy.io import fits
 from astropy.table import QTable
-from common import ROOT, SHARED_DATA, run_script
+from common import ROOT, SHARED_DATA, run_script, stars_of, write_catalog
 from untrained import save_untrained
 
 import predict
 from cache import read_stars
-from catalog import CLASS_NAMES, Star, read_catalog
+from catalog import CLASS_NAMES, Star
 from checkpoint import load_checkpoint
 from cli import DataError, file_lock
 from dataset import Batch
@@ -40,7 +40,7 @@ def checkpoints(stars_dir, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def own_dir(stars_dir, tmp_path) -> Path:
     """Ten stars that a test may spoil."""
-    stars = read_catalog(catalog_path(stars_dir))[0][:10]
+    stars = stars_of(stars_dir)[:10]
     for star in stars:
         for path_of in (spectrum_path, cutout_path):
             path = path_of(tmp_path / "stars", star)
@@ -48,15 +48,6 @@ def own_dir(stars_dir, tmp_path) -> Path:
             shutil.copy(path_of(stars_dir, star), path)
     write_catalog(tmp_path / "stars", stars)
     return tmp_path / "stars"
-
-
-def write_catalog(data_dir: Path, stars: list[Star]) -> None:
-    with open(catalog_path(data_dir), "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([Star._fields, *stars])
-
-
-def catalog(data_dir: Path) -> list[Star]:
-    return read_catalog(catalog_path(data_dir))[0]
 
 
 def run(checkpoint: Path, data_dir: Path, output: Path, *options: object) -> list[dict[str, str]]:
@@ -84,7 +75,7 @@ def with_temperature(checkpoint: Path, path: Path, temperature: float) -> Path:
 def classified(monkeypatch) -> list[int]:
     """Chunks of four stars; the number of stars in each that is classified from now on."""
     counts, classify = [], predict.classify
-    monkeypatch.setattr(predict, "CHUNK", 4)
+    monkeypatch.setattr(predict, "STARS_PER_PART", 4)
     monkeypatch.setattr(predict, "classify", lambda *args: counts.append(len(args[2])) or classify(*args))
     return counts
 
@@ -100,7 +91,7 @@ def test_a_type_is_given_no_surer_than_a_tenth(checkpoints, own_dir, tmp_path):
 
 @pytest.mark.parametrize("subclasses", [None, [""] * 5 + ["K7", "sdM3", "?", "M9", "../.."]])
 def test_stars_without_label_wherever_their_files_lie(checkpoints, own_dir, tmp_path, subclasses, capsys):
-    stars = catalog(own_dir)
+    stars = stars_of(own_dir)
     prepared, _ = read_stars(own_dir, "fusion", 1)
     for k, star in enumerate(stars):  # directly in spectra/ and images/, in a folder of any name, or in a wrong class
         for path in (spectrum_path(own_dir, star), cutout_path(own_dir, star)):
@@ -119,6 +110,9 @@ def test_stars_without_label_wherever_their_files_lie(checkpoints, own_dir, tmp_
     classifier, _ = load_checkpoint(checkpoint)
     with torch.inference_mode():
         logits = classifier(Batch(prepared.spectra[:], prepared.images[:], prepared.targets))[2]
+    # The catalogue's label as it is; where it has none, that in the spectrum's file.
+    labels = [label or star.subclass for label, star in zip(subclasses or [""] * 10, stars, strict=True)]
+    assert [row["catalog_subclass"] for row in rows] == labels
     for row, probabilities in zip(rows, (logits / 2).softmax(dim=1).numpy(), strict=True):
         found = np.array([float(row[f"p_{name}"]) for name in CLASS_NAMES])
         assert found == pytest.approx(probabilities, abs=2e-5)
@@ -127,14 +121,14 @@ def test_stars_without_label_wherever_their_files_lie(checkpoints, own_dir, tmp_
         variance = found @ np.arange(5) ** 2 - (found @ np.arange(5)) ** 2
         assert float(row["expected_subclass_std"]) == pytest.approx(variance**0.5, abs=5e-3)
         assert row["spectral_type"] == f"M{float(row['expected_subclass']):.1f} ± {variance**0.5:.1f}"
-        assert (row["catalog_subclass"], row["problem"], row["simulated"]) == ("", "", "True")
+        assert (row["problem"], row["simulated"]) == ("", "True")
         assert (row["is_outlier"] == "True") == (float(row["outlier_score"]) > 1)
     assert "10 SIMULATED stars, 10 of them classified" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("modality", ["spectrum", "image"])
 def test_indices_of_the_spectrum_stand_beside_every_prediction(checkpoints, own_dir, tmp_path, modality):
-    stars, (prepared, _) = catalog(own_dir), read_stars(own_dir, "spectrum", 1)
+    stars, (prepared, _) = stars_of(own_dir), read_stars(own_dir, "spectrum", 1)
     spectrum_path(own_dir, stars[-1]).unlink()  # a network of images classifies this star, without indices
     rows = run(checkpoints[modality], own_dir, tmp_path / "p.csv")
     for star, spectrum, row in zip(stars[:-1], prepared.spectra[:], rows, strict=False):
@@ -150,23 +144,23 @@ def test_indices_of_the_spectrum_stand_beside_every_prediction(checkpoints, own_
 
 def test_labels_of_the_catalogue_and_training_stars_are_named(checkpoints, own_dir, tmp_path, capsys):
     rows = run(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
-    assert [row["catalog_subclass"] for row in rows] == [star.subclass for star in catalog(own_dir)]
-    assert "10 of them were used for training or checkpoint selection" in capsys.readouterr().out
+    assert [row["catalog_subclass"] for row in rows] == [star.subclass for star in stars_of(own_dir)]
+    assert "10 of these stars were used for training or checkpoint selection" in capsys.readouterr().out
 
 
 def test_a_problem_is_named_in_its_stars_row(checkpoints, own_dir, tmp_path, capsys):
-    stars = catalog(own_dir)
+    stars = stars_of(own_dir)
     cutout_path(own_dir, stars[0]).unlink()
     spectrum_path(own_dir, stars[1]).unlink()
     damaged = spectrum_path(own_dir, stars[2])
     damaged.write_bytes(damaged.read_bytes()[:9000])
     misplaced = spectrum_path(own_dir, stars[3])
-    fits.setval(misplaced, "PLUG_DEC", value=stars[3].dec + 0.1)
+    fits.setval(misplaced, "PLUG_DEC", value=stars[3].dec + 0.2)
 
     rows = run(checkpoints["fusion"], own_dir, tmp_path / "p.csv")
     assert [row["problem"] for row in rows[:2]] == ["no image", "no spectrum"]
     assert str(damaged) in rows[2]["problem"] and "truncated" in rows[2]["problem"]
-    assert rows[3]["problem"] == f"{misplaced}: the catalogue places it 0.1° from where its spectrum was taken"
+    assert rows[3]["problem"] == f"{misplaced}: the catalogue places it 0.2° from where its spectrum was taken"
     for row in rows[:4]:
         assert row["predicted_subclass"] == row["p_M0"] == row["outlier_score"] == row["is_outlier"] == ""
     assert all(row["predicted_subclass"] and not row["problem"] for row in rows[4:])
@@ -178,13 +172,15 @@ def test_a_problem_is_named_in_its_stars_row(checkpoints, own_dir, tmp_path, cap
     shutil.rmtree(own_dir / "images")
     rows = run(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
     assert [bool(row["problem"]) for row in rows] == [False, True, True, True, *[False] * 6]
-    with pytest.raises(DataError, match="none of its 10 stars has the files that this network reads, of spectra and i"):
+    with pytest.raises(
+        DataError, match="none of its 10 stars has spectra and images, which this network reads; .* FILE"
+    ):
         run(checkpoints["fusion"], own_dir, tmp_path / "none.csv")
     assert not (tmp_path / "none.csv").exists()
 
 
 def test_one_name_on_two_places_is_refused_where_only_the_spectra_tell(checkpoints, own_dir, tmp_path):
-    stars = [star._replace(name="a" * (k < 2) or star.name) for k, star in enumerate(catalog(own_dir))]
+    stars = [star._replace(name="a" * (k < 2) or star.name) for k, star in enumerate(stars_of(own_dir))]
     write_catalog(own_dir, [star._replace(ra="", dec="") for star in stars])
     message = f"{stars[0].spectrum_id} and {stars[1].spectrum_id} are both named a, but lie "
     with pytest.raises(DataError, match=message):
@@ -196,7 +192,7 @@ def test_one_name_on_two_places_is_refused_where_only_the_spectra_tell(checkpoin
 
 
 def test_spectra_need_no_catalogue(checkpoints, own_dir, tmp_path, classified, capsys):
-    stars = catalog(own_dir)[:3]
+    stars = stars_of(own_dir)[:3]
     listed = run(checkpoints["spectrum"], own_dir, tmp_path / "p.csv")
     zipped, text = tmp_path / "a.FITS.gz", tmp_path / "é.fit"
     zipped.write_bytes(gzip.compress(spectrum_path(own_dir, stars[2]).read_bytes()))
@@ -216,14 +212,16 @@ def test_spectra_need_no_catalogue(checkpoints, own_dir, tmp_path, classified, c
     for row, path in zip(rows[3:], files[3:], strict=True):
         assert f"{path}: not a FITS file" in row["problem"] and row["predicted_subclass"] == row["simulated"] * 0
     printed = capsys.readouterr().out
-    assert "5 stars, 3 of them SIMULATED, 3 of them classified" in printed and "3 of them were used" in printed
+    assert "5 stars, 3 of them SIMULATED, 3 of them classified" in printed and "3 of these stars were used" in printed
     assert classified[-2:] == [4, 1]
 
     with pytest.raises(DataError, match="none of its stars could be classified"):
         run_with(checkpoints["spectrum"], tmp_path / "none.csv", text)
     assert "not a FITS file" in (tmp_path / "none.csv").read_text() and not list(tmp_path.glob(".*"))
-    with pytest.raises(FileNotFoundError, match="absent.fits"):
-        run_with(checkpoints["spectrum"], tmp_path / "p.csv", tmp_path / "absent.fits")
+    for path, message in ((tmp_path / "absent.fits", "absent.fits: no such file"), (tmp_path, "a directory; name its")):
+        with pytest.raises(DataError, match=message):
+            run_with(checkpoints["spectrum"], tmp_path / "p.csv", path)
+    assert not list(tmp_path.glob(".*"))
     with pytest.raises(SystemExit):
         run_with(checkpoints["spectrum"], tmp_path / "p.csv", text, "--data-dir", own_dir)
     assert "FILEs or --data-dir" in capsys.readouterr().err
@@ -296,7 +294,7 @@ def test_an_interrupted_run_goes_on_where_it_was(checkpoints, own_dir, tmp_path,
     run(checkpoints["spectrum"], own_dir, output)
     assert classified == [4, 4, 2]
     interrupted_run()
-    os.utime(cutout_path(own_dir, catalog(own_dir)[0]), (1, 1))
+    os.utime(cutout_path(own_dir, stars_of(own_dir)[0]), (1, 1))
     run(checkpoints["fusion"], own_dir, output)
     assert classified == [4, 4, 2]
 
@@ -309,7 +307,7 @@ def test_worker_processes_give_the_same_rows(checkpoints, own_dir, tmp_path, cla
 
 TORCHRUN = """
 import predict
-predict.CHUNK = 4
+predict.STARS_PER_PART = 4
 predict.run_as_script(lambda: predict.main(predict.parse_arguments()))
 """
 
@@ -355,7 +353,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_first_star(checkpo
 
 @pytest.mark.parametrize("ending", [".csv", ".ecsv", ".fits", ".vot"])
 def test_the_ending_of_the_output_is_its_format(checkpoints, own_dir, tmp_path, ending, classified):
-    output, star = tmp_path / f"p{ending}", catalog(own_dir)[0]
+    output, star = tmp_path / f"p{ending}", stars_of(own_dir)[0]
     words = [checkpoints["spectrum"], "--data-dir", own_dir, "--output", output, "--num-workers", 1]
     for _ in range(2):  # an earlier table is replaced
         predict.main(predict.parse_arguments([str(word) for word in words]))

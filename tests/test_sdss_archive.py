@@ -1,25 +1,16 @@
 """SDSS's addresses, and catalogues that its SQL search writes."""
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import sdss_server
 from sdss_server import Answer, SdssServer, make_star, options_for, written
 from test_download import download, run
 
 import download_sdss_data
 import sdss_archive
 from catalog import CLASS_NAMES, Star, read_catalog
-
-
-@pytest.fixture
-def server() -> Iterator[SdssServer]:
-    with sdss_server.running_server() as running:
-        yield running
-
 
 # Addresses
 

@@ -31,7 +31,9 @@ def history(tmp_path) -> Path:
     runs = [
         make_run("20260101_000000", 0.912),
         make_run("20260102_000000", 0.975),
-        make_run("20260103_000000", 0.99, held_out_stars="cd34"),  # other validation stars: no rival of the first two
+        make_run(
+            "20260103_000000", 0.99, held_out_stars="cd34", last_epoch=2
+        ),  # other validation stars: no rival of the first two
         {"config": {"training_id": "20250101_000000"}, "final_metrics": {"final_val_f1_weighted": 0.3}},
         {"config": "lost", "epoch_metrics": []},
         {},
@@ -60,6 +62,7 @@ def test_the_table_of_runs_marks_the_best_of_each_set(history, capsys):
     for part in ("20260102_000000", "2026-11-23 06:39", "400 SIMULATED stars", "paper", "fusion", "461 s",
                  "0.975 (0.935 to 0.995)"):  # fmt: skip
         assert part in lines[1]
+    assert "2 of 3" in lines[2] and "of 3" not in lines[1]
     column = header.index("set")
     assert [line[column] for line in lines] == ["1", "1", "2", "–", "–", "–"]
     assert "0.300" in lines[3] and "–" in lines[3]  # of an old record, its own entries

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from astropy.io import fits
-from common import run_script
+from common import run_script, stars_of
 from lamost import lamost_file
 from PIL import Image
 from torch import nn
@@ -21,7 +21,7 @@ from untrained import save_untrained
 import plots
 import show_star
 from cache import read_stars
-from catalog import CLASS_NAMES, Star, read_catalog
+from catalog import CLASS_NAMES, Star
 from cli import DataError
 from dataset import Batch
 from plots import Figure
@@ -32,10 +32,6 @@ from star_files import catalog_path, cutout_path, spectrum_path
 @pytest.fixture(scope="module")
 def checkpoint(stars_dir, tmp_path_factory) -> Path:
     return save_untrained(tmp_path_factory.mktemp("checkpoint") / "a.pth", stars_dir, "spectrum")
-
-
-def catalog(data_dir: Path) -> list[Star]:
-    return read_catalog(catalog_path(data_dir))[0]
 
 
 def run(*arguments: object) -> None:
@@ -70,7 +66,7 @@ def texts(monkeypatch) -> list[str]:
 def test_as_a_user_starts_it_in_a_notebook(stars_dir, tmp_path):
     """In a notebook's environment, and with settings that the pages could not be drawn with."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.format: pdf\n")
-    backend, star = "module://matplotlib_inline.backend_inline", catalog(stars_dir)[0]
+    backend, star = "module://matplotlib_inline.backend_inline", stars_of(stars_dir)[0]
     done = run_script("show_star.py", star.name, "--data-dir", stars_dir, cwd=tmp_path, MPLBACKEND=backend)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [f"plots/star_{star.spectrum_id}.png"]
@@ -78,27 +74,27 @@ def test_as_a_user_starts_it_in_a_notebook(stars_dir, tmp_path):
 
 
 def test_without_a_name_a_sheet_of_each_class(own_stars_dir, tmp_path, texts):
-    stars = catalog(own_stars_dir)
+    stars = stars_of(own_stars_dir)
     cutout_path(own_stars_dir, stars[0]).write_bytes(b"damaged")
     run("--data-dir", own_stars_dir)
     assert "15 SIMULATED stars of 60" in texts[0] and "5″" in texts[0] and stars[0].name not in texts[0]
     for name in CLASS_NAMES:
         assert texts[0].count(f"{name}: ") == 3
     lines = catalog_path(own_stars_dir).read_text().splitlines()
-    unlabelled = "\n".join(re.sub(r",M\d,", ",,", line) for line in lines)
-    catalog_path(own_stars_dir).write_text(unlabelled)
+    of_other_class = "\n".join(re.sub(r",M\d,", ",K7,", line) for line in lines)
+    catalog_path(own_stars_dir).write_text(of_other_class)
     run("--data-dir", own_stars_dir)
-    assert texts[1].count("no label: ") == 3
+    assert texts[1].count("K7: ") == 3
 
     shutil.rmtree(own_stars_dir / "images")
     run("--data-dir", own_stars_dir)
-    assert texts[2].count("no label: ") == 3 and "5″" not in texts[2]
+    assert texts[2].count("K7: ") == 3 and "5″" not in texts[2]
     shutil.rmtree(own_stars_dir / "spectra")
     refuse("none of its 60 stars has good spectra (no spectrum)", "--data-dir", own_stars_dir)
 
 
 def test_a_page_for_each_star(own_stars_dir, tmp_path, checkpoint, capsys):
-    first, second, third = catalog(own_stars_dir)[:3]
+    first, second, third = stars_of(own_stars_dir)[:3]
     cutout_path(own_stars_dir, second).unlink()
     spectrum_path(own_stars_dir, third).write_bytes(b"damaged")
     options = ("--data-dir", own_stars_dir, "--output-dir", tmp_path / "plots", "--checkpoint", checkpoint)
@@ -114,8 +110,17 @@ def test_a_page_for_each_star(own_stars_dir, tmp_path, checkpoint, capsys):
     refuse("not a FITS file (it begins with b'damaged')", third.name, *options)
 
 
+def test_a_spectrum_alone_fills_the_width_of_its_page(own_stars_dir, tmp_path):
+    star = stars_of(own_stars_dir)[0]
+    cutout_path(own_stars_dir, star).unlink()
+    run(star.name, "--data-dir", own_stars_dir, "--output-dir", tmp_path)
+    pixels = np.asarray(Image.open(tmp_path / f"star_{star.spectrum_id}.png").convert("L"))
+    dark = np.flatnonzero((pixels < 128).any(axis=0))  # columns
+    assert np.ptp(dark) > 0.9 * pixels.shape[1]
+
+
 def test_text_on_a_page(own_stars_dir, checkpoint, texts):
-    star, other = catalog(own_stars_dir)[:2]
+    star, other = stars_of(own_stars_dir)[:2]
     run(star.name, "--data-dir", own_stars_dir, "--checkpoint", checkpoint)
     for part in (star.name, f"label: {star.subclass}", "SIMULATED", "TiO", "CaH", "Na", "Hα", "vacuum wavelength",
                  "bad pixels (", "5″", "the network's input", "spectral type M", "outlier score", "network: M",
@@ -130,7 +135,7 @@ def test_text_on_a_page(own_stars_dir, checkpoint, texts):
 
 
 def test_files_need_no_catalogue(stars_dir, tmp_path, checkpoint, texts, capsys):
-    star = catalog(stars_dir)[0]
+    star = stars_of(stars_dir)[0]
     zipped, lamost = tmp_path / "a.fits.gz", tmp_path / "b.fits"
     zipped.write_bytes(gzip.compress(spectrum_path(stars_dir, star).read_bytes()))
     with fits.open(zipped) as hdus:
@@ -205,7 +210,7 @@ def test_the_occlusion_map_shows_the_band_that_decided():
 
 
 def test_only_earlier_pictures_are_replaced(stars_dir, tmp_path):
-    name = catalog(stars_dir)[0].spectrum_id
+    name = stars_of(stars_dir)[0].spectrum_id
     mine = tmp_path / f"star_{name}.png"
     Image.new("RGB", (9, 9)).save(mine)
     before = mine.read_bytes()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from astropy.io import fits
-from common import ROOT, SHARED_DATA, command, heed_ctrl_c, run_script
+from common import ROOT, command, heed_ctrl_c, run_script
 from compare_simulator import simulated_mean
 from PIL import Image
 from scipy.stats import spearmanr
@@ -180,6 +180,12 @@ def test_an_empty_directory_is_filled(tmp_path):
     assert catalog_path(tmp_path).exists()
 
 
+def test_the_current_directory_is_not_replaced(tmp_path):
+    result = run_script("simulate_sdss_data.py", ".", "--per-class", 1, cwd=tmp_path)
+    assert result.returncode == 1 and "name a new one in it" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failure_leaves_nothing(tmp_path):
     def fail(target, rng):
         raise OSError("No space left on device")
@@ -189,15 +195,33 @@ def test_a_failure_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def wait_for_first_star(process, parent):
+    while not list(parent.glob(".*/stars/images/*/*.jpg")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def test_a_running_simulation_is_left_alone_and_the_leftovers_of_a_killed_one_are_deleted(tmp_path):
+    options = [tmp_path / "stars", "--per-class", 2000, "--num-workers", 1, "--quiet"]
+    process = subprocess.Popen(command("simulate_sdss_data.py", *options))
+    wait_for_first_star(process, tmp_path)
+    with pytest.raises(DataError, match="stars: another simulation is writing it"):
+        simulate(tmp_path / "stars", per_class=1, seed=1)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert len(simulate(tmp_path / "stars", per_class=1, seed=1)) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["stars"]
+    assert len(contents(tmp_path)) == 11
+
+
 def test_ctrl_c_ends_all_processes_and_leaves_nothing(tmp_path):
     options = [tmp_path / "stars", "--per-class", 2000, "--num-workers", 2]
     process = subprocess.Popen(
         command("simulate_sdss_data.py", *options),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c, start_new_session=True,
     )  # fmt: skip
-    while not list(tmp_path.glob(".*/images/*/*.jpg")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    wait_for_first_star(process, tmp_path)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
@@ -276,19 +300,6 @@ def test_half_of_the_catalogue_is_faint_and_late_classes_are_fainter(as_in_the_c
     assert np.median(snr[classes <= 1]) > 12 and np.median(snr[classes == 4]) < 4
     r = pd.read_csv(catalog_path(directory))["r_mag"]
     assert spearmanr(snr, r).statistic < -0.9
-
-
-def test_noise_agrees_with_real_spectra_of_the_same_magnitude():
-    real = [SHARED_DATA / f"spec-{name}.fits" for name in ("0618-52049-0372", "1123-52882-0065", "5047-55833-0936")]
-    if not all(path.exists() for path in real):
-        pytest.skip("real SDSS spectra are not part of the project")
-    for path, is_boss in zip(real, (False, False, True), strict=True):
-        table, row = fits.getdata(path, 1), fits.getdata(path, 2)[0]
-        loglam, flux = table["loglam"].astype(float), table["flux"].astype(float)
-        r = mdwarf.r_magnitude(loglam, flux)
-        assert r == pytest.approx(22.5 - 2.5 * np.log10(row["SPECTROFLUX"][2]), abs=0.1)
-        snrs = [Spectrograph(loglam, is_boss, np.random.default_rng(k)).median_snr(flux) for k in range(20)]
-        assert np.median(snrs) == pytest.approx(row["SN_MEDIAN_ALL"], rel=0.25), path.name
 
 
 # The spectrograph

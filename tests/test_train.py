@@ -15,8 +15,18 @@ import pytest
 import torch
 from common import SMALL, random_stars, run_script
 from PIL import Image
-from training import SPECTRUM, checkpoint_of, evaluation_of, files_in, read_history, train_and_interfere, train_here
+from training import (
+    SPECTRUM,
+    checkpoint_of,
+    evaluation_of,
+    fail_in_epoch,
+    files_in,
+    read_history,
+    train_and_interfere,
+    train_here,
+)
 
+import history
 import train
 from catalog import read_catalog
 from cli import DataError
@@ -259,15 +269,9 @@ def test_an_interrupted_run_is_recorded_and_can_go_on(stars_dir, tmp_path, whole
 @pytest.fixture(scope="module")
 def stopped(stars_dir, tmp_path_factory) -> Path:
     """The output of a run that Ctrl-C ended in its second epoch."""
-    directory, train_one_epoch = tmp_path_factory.mktemp("stopped"), train.train_one_epoch
-
-    def train_or_stop(*arguments) -> list[float]:
-        if arguments[2] == 2:
-            raise KeyboardInterrupt
-        return train_one_epoch(*arguments)
-
+    directory = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_one_epoch", train_or_stop)
+        fail_in_epoch(patch, 2, KeyboardInterrupt())
         train_here("--data-dir", stars_dir, "--output-dir", directory, *SPECTRUM)
     return directory
 
@@ -287,14 +291,32 @@ def test_a_run_goes_on_with_its_own_options_alone(stopped, options, message):
         train_here("--resume", state, *options)
 
 
-def test_a_run_goes_on_with_its_own_stars_alone(stopped, own_stars_dir, tmp_path):
+def test_a_run_goes_on_with_its_own_stars_alone(stopped, own_stars_dir, monkeypatch, capsys):
+    """Wherever these are now."""
+    begun, moved = [], ("--data-dir", own_stars_dir)
     (state,) = (stopped / "checkpoints").glob("last_state_*")
-    contents = torch.load(state, weights_only=True)
-    contents["options"]["data_dir"] = str(own_stars_dir)
-    torch.save(contents, tmp_path / "state.pth")
+    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.data_dir, rest[2] and rest[2].options)))
+    train_here("--resume", state, *moved)
+    train_here("--resume", "auto", *moved, "--output-dir", stopped, *SPECTRUM)
+    (data_dir, options), (_, other) = begun
+    assert data_dir == own_stars_dir and options["data_dir"] == str(own_stars_dir)
+    assert other is None and "not resumed, its run had another --data-dir\n" in capsys.readouterr().out
     spectrum_path(own_stars_dir, read_catalog(catalog_path(own_stars_dir))[0][0]).unlink()
     with pytest.raises(DataError, match="its stars are no longer the 60 SIMULATED stars"):
-        train_here("--resume", tmp_path / "state.pth")
+        train_here("--resume", state, *moved)
+
+
+def test_a_resumed_run_writes_beside_its_checkpoints(stopped, tmp_path, monkeypatch):
+    """However its file is named, also if checkpoints/ is a link to another disk."""
+    begun, checkpoints = [], stopped / "checkpoints"
+    (state,) = checkpoints.glob("last_state_*")
+    (tmp_path / "checkpoints").symlink_to(checkpoints)
+    (checkpoints / "below").mkdir()
+    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append(args.output_dir))
+    for cwd, path in ((checkpoints, ""), (checkpoints / "below", ".."), (tmp_path, "checkpoints")):
+        monkeypatch.chdir(cwd)
+        train_here("--resume", Path(path, state.name))
+    assert begun == [stopped, stopped, tmp_path]
 
 
 def test_resume_auto_begins_a_run_where_there_is_none(stars_dir, tmp_path, monkeypatch, capsys):
@@ -304,18 +326,27 @@ def test_resume_auto_begins_a_run_where_there_is_none(stars_dir, tmp_path, monke
     assert begun == [(7, None)] and "no unfinished run of these options; a new one begins" in capsys.readouterr().out
 
 
-def test_resume_auto_takes_the_newest_run_of_its_options(stopped, stars_dir, monkeypatch, capsys):
+def test_resume_auto_takes_the_newest_run_of_its_options(stopped, stars_dir, tmp_path, monkeypatch, capsys):
+    (state,) = (stopped / "checkpoints").glob("last_state_*")
+    (tmp_path / "checkpoints").mkdir()
+    for year in (2001, 2003, 2002):
+        contents = torch.load(state, weights_only=True)
+        contents["record"]["config"]["training_id"] = f"{year}0101_000000"
+        contents["options"]["random_seed"] = 7 if year == 2003 else 42
+        torch.save(contents, tmp_path / "checkpoints" / history.STATE_FILES.format(f"{year}0101_000000"))
     begun = []
-    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append((args.random_seed, rest[2] is None)))
-    for seed in (7, 42):
-        options = ("--data-dir", stars_dir, "--output-dir", stopped, *SPECTRUM, "--seed", seed)
+    monkeypatch.setattr(train, "train", lambda args, *rest: begun.append(rest[2]))
+    for seed in (7, 42, 1):
+        options = ("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM, "--seed", seed)
         train_here("--resume", "auto", *options)
-    assert begun == [(7, True), (42, False)]
+    assert [run and run.record["config"]["training_id"][:4] for run in begun] == ["2003", "2002", None]
     assert "not resumed, its run had another --seed\n" in capsys.readouterr().out
 
 
 def test_another_file_is_not_resumed(finished):
-    with pytest.raises(OSError, match="no unfinished run of this version"):
+    with pytest.raises(
+        OSError, match="no unfinished run of this version .*; move it away, or name another with --resume FILE"
+    ):
         train_here("--resume", finished.checkpoint)
 
 

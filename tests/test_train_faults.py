@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from common import command
-from training import SPECTRUM, files_in, read_history, train_and_interfere, train_here
+from training import SPECTRUM, fail_in_epoch, files_in, read_history, train_and_interfere, train_here
 
 import classifier
 import train
@@ -70,6 +70,7 @@ def test_input_that_cannot_be_used_is_named_and_nothing_is_written(own_stars_dir
         (("--evaluate", "a.pth", "--recipe", "improved"), "--evaluate does not use --recipe"),
         (("--split", "all"), "--split chooses the stars of --evaluate"),
         (("--demo", "--resume", "auto"), "--demo starts a run"),
+        (("--demo", "--data-dir", "stars"), "--demo simulates its own stars"),
         (("--initial-checkpoint", "a.pth", "--recipe", "paper"), "--initial-checkpoint has its own recipe"),
         (("--validation-split", 0.6, "--test-split", 0.5), "leave no star to train on"),
         (("--epochs", 0), "argument --epochs: '0' is not a whole number from 1"),
@@ -114,6 +115,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_within_its_epoch(stars_dir, tmp
 
 
 # Machines
+
+
+def test_a_gpu_that_runs_full_costs_no_earlier_epoch(stars_dir, tmp_path, monkeypatch):
+    """The run is recorded, and can go on."""
+    with monkeypatch.context() as patch:
+        fail_in_epoch(patch, 2, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+        with pytest.raises(DataError, match="^the GPU's memory is full; try a smaller --batch-size"):
+            train_here("--data-dir", stars_dir, "--output-dir", tmp_path, *SPECTRUM)
+    (record,) = read_history(tmp_path)
+    assert "out of memory" in record["stopped"] and len(record["epoch_metrics"]["val_f1"]) == 1
+    train_here("--resume", "auto", "--output-dir", tmp_path)
+    (record,) = read_history(tmp_path)
+    assert record["stopped"] is None and len(record["epoch_metrics"]["val_f1"]) == 2
 
 
 @pytest.mark.slow

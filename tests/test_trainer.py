@@ -4,16 +4,18 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from common import random_stars
 from torch.nn.utils import get_total_norm
 
 from classifier import Classifier
-from dataset import Batch
+from dataset import Batch, StarLoader
 from loss_sic import loss_sic
 from model import contrastive_logits
 from recipe import IMPROVED, PAPER, Recipe
+from train import train_one_epoch
 from trainer import Trainer, make_optimizer, rotate_and_flip, warmup_and_cosine
 
 SPECTRUM = replace(PAPER, modality="spectrum", num_layers=1)
@@ -53,6 +55,16 @@ def test_a_step_augments_if_the_recipe_says_so(rotate_and_flip):
     batch = batch_of(10)
     losses = [trainer.step(batch).sum().item() for _ in range(3)]
     assert (max(losses) - min(losses) > 1e-3) == bool(rotate_and_flip)
+
+
+def test_the_augmentation_of_an_epoch_follows_from_the_seed_of_the_run():
+    """Not from the state of torch's generator, which a resumed run has not."""
+    losses, loader = [], StarLoader(random_stars(4), np.arange(20), torch.device("cpu"))
+    for state in (1, 2):
+        trainer = make_trainer(replace(FUSION, rotate_and_flip=1))
+        torch.manual_seed(state)
+        losses.append(train_one_epoch(trainer, loader, 1, 42, ""))
+    assert losses[0] == losses[1]
 
 
 def test_weights_decay_but_biases_norms_and_embeddings_do_not():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from common import ROOT, SMALL, heed_ctrl_c
 
 import train
@@ -28,6 +29,18 @@ def read_history(output_dir: Path) -> list[dict]:
 def checkpoint_of(output_dir: Path) -> Path:
     (path,) = (output_dir / "checkpoints").glob("best_model_*.pth")
     return path
+
+
+def fail_in_epoch(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    """Make the next run end with this error in that epoch."""
+    train_one_epoch = train.train_one_epoch
+
+    def train_or_fail(*arguments) -> list[float]:
+        if arguments[2] == number:
+            raise error
+        return train_one_epoch(*arguments)
+
+    patch.setattr(train, "train_one_epoch", train_or_fail)
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
