@@ -24,8 +24,8 @@ below spectra/ and images/. The table has a row for each star:
                                          them are (outliers.py): do not trust its subclass
     problem                              why it cannot be classified
 
-The ending of --output sets its format: .csv, .ecsv, .fits or .vot (VOTable); all but CSV have units and descriptions. .fits
-and .vot have no empty logical cells: there, yes is 1 and no is 0.
+The ending of --output sets its format: .csv, .ecsv, .fits or .vot (VOTable); all but CSV have units and descriptions.
+In .fits and .vot, yes is 1 and no is 0: these have no empty logical cells.
 After an interruption, the same command resumes. An earlier output of this script is replaced, any other file of that
 name is not.
 """
