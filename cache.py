@@ -3,9 +3,9 @@
     data directory/.cache/
         spectra         (N, 2, 3522) float32 without header, a row per star of the catalogue
         images          (N, 3, 128, 128) uint8, likewise; rows of stars without a usable file are empty
-        index.json      a fingerprint of everything that went in, and the findings in each file
+        index.json      a digest of everything that went in, and the findings in each file
 
-Where the fingerprint differs (another set of stars, a file of another size or time of change, other code
+Where the digest differs (another set of stars, a file of another size or time of change, other code
 that prepares them), all files are decoded again: a few minutes for 100,000 stars. Deleting the directory
 does no harm, not even during a run.
 """
@@ -220,11 +220,11 @@ def file_stamp(file: Path | int) -> list[int]:
 
 
 def open_cache(directory: Path, wanted: str) -> Cache | None:
-    """The cache of this fingerprint; None if there is none, or it is damaged."""
+    """The cache of this digest; None if there is none, or it is damaged."""
     try:
         index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
         arrays = {kind: CachedArray(directory / kind) for kind in ROWS}
-        if index["fingerprint"] != wanted or index["stamps"] != [array.stamp for array in arrays.values()]:
+        if index["digest"] != wanted or index["stamps"] != [array.stamp for array in arrays.values()]:
             return None
         findings = [{kind: Finding(*found) for kind, found in star.items()} for star in index["findings"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -246,7 +246,7 @@ def make_cache(directory: Path, wanted: str, files: dict[Star, StarFiles], num_w
     # A file that could not be read is tried again by the next run.
     unreadable = any(finding.unreadable for found in findings for finding in found.values())
     index = {
-        "fingerprint": None if unreadable else wanted,
+        "digest": None if unreadable else wanted,
         "stamps": [array.stamp for array in arrays.values()],
         "findings": findings,
     }

@@ -50,12 +50,16 @@ def describe_device(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in OUT_OF_MEMORY)
+
+
 @contextlib.contextmanager
 def out_of_memory_hint(hint: str) -> Iterator[None]:
     """Raise DataError, with the hint as its remedy, if the GPU runs out of memory in the block."""
     try:
         yield
     except RuntimeError as error:
-        if not any(mark in str(error) for mark in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise DataError(f"the GPU's memory is full; {hint}") from error

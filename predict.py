@@ -25,7 +25,7 @@ below spectra/ and images/. The table has a row for each star:
     problem                              why it cannot be classified
 
 The ending of --output sets its format: .csv, .ecsv, .fits or .vot (VOTable); all but CSV have units and descriptions.
-In .fits and .vot, yes is 1 and no is 0: these have no empty logical cells.
+In .fits and .vot, yes is 1 and no is 0: astropy writes no empty logical cells there.
 After an interruption, the same command resumes. An earlier output of this script is replaced, any other file of that
 name is not.
 """
@@ -112,7 +112,7 @@ def predict(args: argparse.Namespace) -> None:
             f"{args.data_dir}: none of its {len(stars)} stars has {' and '.join(kinds)}, which this network reads; "
             f"python download_sdss_data.py --data-dir {args.data_dir} fetches them"
             + "; python predict.py CHECKPOINT FILE... needs no images"
-            * ("images" in kinds)
+            * (kinds == INPUTS["fusion"])
         )
     with claim_folder(args.output) as folder:
         parts, missing = plan_parts(folder, files, args.checkpoint)

@@ -59,7 +59,7 @@ COLUMNS = {
     "EW_Halpha": Column(float, "Angstrom", "equivalent width, positive in emission"),
     "EW_Halpha_err": Column(float, "Angstrom", "standard error of EW_Halpha"),
     "is_active": Column(bool, "", "H alpha in emission, West et al. 2011"),
-    "outlier_score": Column(float, "", "distance from the training stars, over that of 99.5 % of them"),
+    "outlier_score": Column(float, "", "distance from the training stars; below 1 for 99.5 % of these"),
     "is_outlier": Column(bool, "", "outlier_score above 1"),
     "problem": Column(str, "", "why it cannot be classified"),
 }

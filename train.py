@@ -41,7 +41,7 @@ from checkpoint import describe_training, load_checkpoint, load_image_weights, n
 from classifier import Classifier
 from cli import DataError, progress, quietly, run_as_script, write_atomically
 from dataset import StarLoader, random_stream, split_stars
-from device import choose_device, choose_precision, out_of_memory_hint
+from device import choose_device, choose_precision, is_out_of_memory, out_of_memory_hint
 from evaluation import Evaluation, evaluate, fit_temperature, print_calibration, print_scores
 from history import RunPaths, Training
 from recipe import Recipe
@@ -205,11 +205,13 @@ def train(
         try:
             with writer as scalars:
                 fit(trainer, loaders, training, paths, contents | {"config": config}, scalars)
-        except (KeyboardInterrupt, DataError, OSError, torch.OutOfMemoryError) as reason:
-            stopped = reason
+        except (KeyboardInterrupt, DataError, OSError, RuntimeError) as reason:
+            if isinstance(reason, RuntimeError) and not is_out_of_memory(reason):
+                raise
+            stopped = reason.with_traceback(None)  # its frames hold the memory of the step that failed
         distributed.leave(failed=stopped is not None)
         if not first:
-            if isinstance(stopped, OSError | torch.OutOfMemoryError):  # of this process alone; torchrun ends the others
+            if isinstance(stopped, OSError | RuntimeError):  # of this process alone; torchrun ends the others
                 raise stopped
             return record  # the first process finishes alone
         if stopped and training.states:
