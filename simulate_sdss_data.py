@@ -198,15 +198,17 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
     folder = directory.with_name(f".{directory.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with cli.file_lock(folder / "lock", timeout=0), contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        with cli.file_lock(folder / "lock", timeout=0):
             temporary = folder / "stars"
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
-            temporary.mkdir()
-            yield temporary
-            if directory.exists():
-                directory.rmdir()
-            temporary.rename(directory)
+            try:
+                temporary.mkdir()
+                yield temporary
+                if directory.exists():
+                    directory.rmdir()
+                temporary.rename(directory)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except filelock.Timeout:
         raise cli.DataError(f"{directory}: another simulation is writing it; wait for its end") from None
 

@@ -8,7 +8,6 @@ continuum of degree 3 ("bands"), and of that smoothed to a resolution of 35 Å (
 the templates. The fit to templates gives the subtype, on straight lines between M0 and M5, of the nearest smooth bands.
 """
 
-import re
 import sys
 from collections import defaultdict
 from functools import partial
@@ -26,7 +25,7 @@ from template_stars import Templates, read_templates
 
 import cli
 import mdwarf
-from catalog import CLASS_NAMES, Star
+from catalog import CLASS_NAMES, Star, without_note
 from indices import BANDS, measure_indices
 from preparation import WAVELENGTH, prepare_spectrum
 from simulate_sdss_data import SUBTYPE_RANGE
@@ -61,8 +60,11 @@ def real_means(directory: Path) -> dict[int, np.ndarray]:
     for path in sorted(directory.glob("*.fits")):
         spectrum = read_spectrum(path, Star(path.stem, "", 0, 0, 0, file=path.name))
         prepared = prepare_spectrum(spectrum)
-        if (match := re.match(r"d?M([0-4])\b", spectrum.subclass)) and median_snr(prepared[None])[0] > MIN_SNR:
-            spectra[int(match[1])].append(np.interp(LOGLAM, LOGLAM - np.log10(1 + spectrum.redshift), prepared[0]))
+        subclass = without_note(spectrum.subclass)
+        if subclass in CLASS_NAMES and median_snr(prepared[None])[0] > MIN_SNR:
+            spectra[CLASS_NAMES.index(subclass)].append(
+                np.interp(LOGLAM, LOGLAM - np.log10(1 + spectrum.redshift), prepared[0])
+            )
     return {subclass: np.median(fluxes, axis=0) for subclass, fluxes in sorted(spectra.items())}
 
 
